@@ -1,0 +1,63 @@
+"""What was loaded, what is missing and why; the instruction level of the CPU kernels."""
+
+import contextlib
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from . import _native
+
+CPU_LEVELS = ("portable", "avx2", "avx512")
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """Instruction levels that this machine runs, lowest first; empty without the native library."""
+    if not _native.CPU.loaded:
+        return ()
+    return CPU_LEVELS[: torch.ops.recsparse.highest_cpu_level() + 1]
+
+
+def cpu_level() -> str | None:
+    """Instruction level in use: "portable", "avx2" or "avx512"; None without the native library."""
+    return CPU_LEVELS[torch.ops.recsparse.cpu_level()] if _native.CPU.loaded else None
+
+
+def set_cpu_level(level: str) -> None:
+    """Force a lower instruction level than the machine has, for the whole process.
+
+    Raises:
+        ValueError: the level is unknown, or this machine does not run it.
+    """
+    if level not in cpu_levels():
+        raise ValueError(f"level must be one of {cpu_levels()}, what this machine runs; got {level!r}")
+    torch.ops.recsparse.set_cpu_level(CPU_LEVELS.index(level))
+
+
+@contextlib.contextmanager
+def use_cpu_level(level: str) -> Iterator[None]:
+    """`set_cpu_level` for the length of a ``with`` block."""
+    before = cpu_level()
+    set_cpu_level(level)
+    try:
+        yield
+    finally:
+        set_cpu_level(before)
+
+
+def show_config() -> str:
+    """Versions, libraries with the reason for each that is missing, and the backends in use."""
+    lines = [
+        f"python    {platform.python_version()} ({sys.platform}, {platform.machine()})",
+        f"torch     {torch.__version__}",
+        f"threads   {torch.get_num_threads()}",
+    ]
+    for library in _native.LIBRARIES:
+        state = "loaded" if library.loaded else f"missing: {library.reason}"
+        lines.append(f"{library.name.lstrip('_'):<13} {state}")
+    if _native.CPU.loaded:
+        lines.append(f"cpu level {cpu_level()} (this machine runs {', '.join(cpu_levels())})")
+    else:
+        lines.append("backend   reference only: correct, not fast")
+    return "\n".join(lines)

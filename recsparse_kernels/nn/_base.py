@@ -1,0 +1,144 @@
+"""What every layer of the package offers besides ``forward``."""
+
+import dataclasses
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT_VIEW_LIMIT_BYTES = 256 * 2**20  # `.weight` warns when its dense copy is larger
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a layer against the dense layer it stands for."""
+
+    dense_bytes: int
+    own_bytes: int
+    optimizer_bytes: int
+    dense_optimizer_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Own over dense bytes of state (parameters and buffers)."""
+        return self.own_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+
+class PackedModule(nn.Module):
+    """Base of the layers that store less than the dense layer they replace.
+
+    A subclass has ``dense_type``, ``from_dense``, ``dense_weight``, ``_empty_dense``, and
+    ``_load_dense``; this class derives the rest from them.
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def from_dense(cls, module: nn.Module, **options: Any) -> "PackedModule":
+        """The packed layer for a dense one; keeps its device, dtype, bias and training flag."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor:
+        """The dense weight this layer stands for, differentiable with respect to its parameters."""
+        raise NotImplementedError
+
+    def _empty_dense(self) -> nn.Module:
+        """A dense layer of the same shape, device and dtype, parameters not yet meaningful."""
+        raise NotImplementedError
+
+    def _load_dense(self, dense: nn.Module) -> None:
+        """Become, in place, what ``from_dense(dense)`` with this layer's options would be."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """`dense_weight`, for code that reads ``layer.weight``; warns above a size limit."""
+        size = self.dense_bytes()
+        if size > WEIGHT_VIEW_LIMIT_BYTES:
+            warnings.warn(
+                f"{type(self).__name__}.weight builds a dense copy of {size / 2**20:.0f} MiB on every read",
+                stacklevel=2,
+            )
+        return self.dense_weight()
+
+    def to_dense(self) -> nn.Module:
+        """A dense layer with the same output: exact on what was kept, zero elsewhere."""
+        dense = self._empty_dense()
+        with torch.no_grad():
+            dense.weight.copy_(self.dense_weight())
+            if getattr(dense, "bias", None) is not None:
+                dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def dense_state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state of `to_dense`, for loading into the model as it was before the swap."""
+        return self.to_dense().state_dict(prefix=prefix)
+
+    def load_dense_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+        """Load a dense checkpoint: the layer becomes what ``from_dense`` of the dense layer would be.
+
+        Raises:
+            ValueError: a key is missing or has another shape; the layer is as it was.
+        """
+        dense = self._empty_dense()
+        for key, own in dense.state_dict().items():
+            if prefix + key not in state_dict:
+                raise ValueError(f"{prefix + key!r} is missing in the dense state_dict; it has {sorted(state_dict)}")
+            if state_dict[prefix + key].shape != own.shape:
+                got = tuple(state_dict[prefix + key].shape)
+                raise ValueError(f"{prefix + key!r} must have shape {tuple(own.shape)}; got {got}")
+        dense.load_state_dict({key: state_dict[prefix + key] for key in dense.state_dict()})
+        self._load_dense(dense)
+
+    def dense_bytes(self) -> int:
+        """Bytes of the state of the dense layer, without building it."""
+        raise NotImplementedError
+
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Dense bytes, own bytes, optimizer bytes.
+
+        Without an optimizer, optimizer bytes are those of Adam: two float32 moments a parameter.
+        With one, those of the state it now holds for this layer.
+        """
+        own = sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        parameters = list(self.parameters())
+        moments = 8 * sum(p.numel() for p in parameters)
+        dense_bytes = self.dense_bytes()
+        element = parameters[0].element_size() if parameters else 4
+        dense_moments = 8 * (dense_bytes // element)
+        if optimizer is not None:
+            held = sum(
+                t.numel() * t.element_size()
+                for p in parameters
+                for t in optimizer.state.get(p, {}).values()
+                if isinstance(t, Tensor)
+            )
+            dense_moments = dense_moments * held // moments if moments else 0
+            moments = held
+        return MemoryReport(dense_bytes, own, moments, dense_moments)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """As torch, but a layer whose tensors do not all fit takes none of them."""
+        wrong = [
+            f"{prefix + key}: this layer has shape {tuple(own.shape)}, the state_dict {tuple(state_dict[prefix + key].shape)}"
+            for key, own in self.state_dict(keep_vars=True).items()
+            if prefix + key in state_dict and state_dict[prefix + key].shape != own.shape
+        ]
+        missing = [prefix + key for key in self.state_dict() if prefix + key not in state_dict]
+        if wrong or (missing and strict):
+            error_msgs.extend(wrong)
+            missing_keys.extend(missing)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
+    """A frozen dense layer gives a frozen packed layer."""
+    if not any(p.requires_grad for p in source.parameters()):
+        target.requires_grad_(False)
+

@@ -1,0 +1,174 @@
+"""The table that picks an implementation, and the registration shared by all ops.
+
+An op is defined once, by its reference function: the function's name and signature are the schema.
+`Op` registers it in one namespace for each backend and gives all of them the same fake (meta)
+function, the same autograd formula and the same autocast rule:
+
+    backend       namespace                 implemented by
+    "native"      torch.ops.recsparse       csrc/cpu (C++), by the tensor's device
+    "reference"   torch.ops.recsparse_reference   recsparse_kernels/reference
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _native  # noqa: F401  (loads the libraries, so that torch.ops.recsparse is filled)
+
+NAMESPACES = {"native": "recsparse", "reference": "recsparse_reference"}
+BACKENDS = tuple(NAMESPACES)  # in order of preference
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Measured choices, (op, device type, dtype, shape class) -> backend; filled by recsparse_kernels.tuning.
+MEASURED: dict[tuple[str, str, torch.dtype, str], str] = {}
+
+OPS: dict[str, "Op"] = {}
+
+_libraries = {backend: torch.library.Library(name, "FRAGMENT") for backend, name in NAMESPACES.items()}
+_ERROR_TYPES = {"ValueError": ValueError, "TypeError": TypeError, "IndexError": IndexError}
+
+
+class Op:
+    """One op on every backend. Calling it picks the backend and runs it.
+
+    Args:
+        reference: the definition; every parameter annotated (``torch.library.infer_schema``).
+        fake: same signature, returns outputs of the right shape and dtype without data.
+        mutates: names of the arguments that are written to.
+        backward: ``backward(ctx, *grad_outputs, backend)`` -> gradients, one for each argument; it
+            calls the gradient ops with ``backend=backend``. None: differentiating raises.
+        setup_context: ``setup_context(ctx, inputs, output)`` as in ``torch.library.register_autograd``.
+        autocast: cast floating tensors to the autocast dtype inside an autocast region.
+        shape_class: maps the op's arguments to the key of `MEASURED`; None: never looked up.
+    """
+
+    def __init__(
+        self,
+        reference: Callable,
+        *,
+        fake: Callable,
+        mutates: Sequence[str] = (),
+        backward: Callable | None = None,
+        setup_context: Callable | None = None,
+        autocast: bool = True,
+        shape_class: Callable[..., str] | None = None,
+    ):
+        self.name = reference.__name__
+        self.reference = reference
+        self.shape_class = shape_class
+        self.schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        self._overloads = {}
+        _libraries["reference"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _libraries["reference"].impl(self.name, reference, "CompositeExplicitAutograd")
+        for backend, namespace in NAMESPACES.items():
+            packet = getattr(getattr(torch.ops, namespace), self.name, None)
+            if packet is None:
+                continue
+            qualname, lib = f"{namespace}::{self.name}", _libraries[backend]
+            self._overloads[backend] = packet.default
+            torch.library.register_fake(qualname, fake, lib=lib)
+            if not mutates:
+                formula = _bind_backend(backward, backend) if backward else _not_differentiable(self.name)
+                torch.library.register_autograd(qualname, formula, setup_context=setup_context, lib=lib)
+            if autocast:
+                for device_type in ("cpu", "cuda"):
+                    _register_autocast(packet.default, device_type, lib)
+        # device types for which the native library holds a kernel of this op
+        self.native_devices = tuple(
+            device_type
+            for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+            if "native" in self._overloads
+            and torch._C._dispatch_has_kernel_for_dispatch_key(f"recsparse::{self.name}", key)
+        )
+        OPS[self.name] = self
+
+    def backends(self, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+        """Backends that run this op for the device and dtype, in order of preference."""
+        native = device_type in self.native_devices and dtype in NATIVE_DTYPES
+        return ("native", "reference") if native else ("reference",)
+
+    def pick(self, args: Sequence, backend: str | None = None) -> str:
+        """The backend that a call with these arguments runs on.
+
+        Raises:
+            ValueError: ``backend`` is unknown, or cannot run this op for the device and dtype.
+        """
+        device_type, dtype = _device_and_dtype(args)
+        if device_type == "meta":
+            return backend or "reference"
+        available = self.backends(device_type, dtype)
+        if backend is None:
+            if MEASURED and self.shape_class is not None and not torch.compiler.is_compiling():
+                measured = MEASURED.get((self.name, device_type, dtype, self.shape_class(*args)))
+                if measured in available:
+                    return measured
+            return available[0]
+        if backend not in available:
+            raise ValueError(
+                f"backend must be one of {available} for {self.name} on {device_type} in {dtype}; got {backend!r}"
+            )
+        return backend
+
+    def overload(self, backend: str) -> torch._ops.OpOverload:
+        """The ``torch.library`` op of one backend, for ``opcheck`` and graph inspection."""
+        return self._overloads[backend]
+
+    def __call__(self, *args, backend: str | None = None):
+        overload = self._overloads[self.pick(args, backend)]
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        try:
+            return overload(*args)
+        except RuntimeError as error:
+            raise _typed(error) from None
+
+
+def _device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
+    """Device type of the first tensor, dtype of the first floating one."""
+    device_type, dtype = None, None
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if device_type is None:
+                device_type = arg.device.type
+            if dtype is None and arg.is_floating_point():
+                dtype = arg.dtype
+    return device_type or "cpu", dtype or torch.float32
+
+
+def _typed(error: RuntimeError) -> Exception:
+    """The Python exception that a native check names in the first word of its message (csrc/check.h)."""
+    kind, separator, text = str(error).partition(": ")
+    if separator and kind in _ERROR_TYPES:
+        return _ERROR_TYPES[kind](text.split("\nException raised from")[0])
+    return error
+
+
+def _bind_backend(backward: Callable, backend: str) -> Callable:
+    def formula(ctx, *grads):
+        return backward(ctx, *grads, backend=backend)
+
+    return formula
+
+
+def _not_differentiable(name: str) -> Callable:
+    def formula(ctx, *grads):
+        raise RuntimeError(f"recsparse_kernels: {name} has no gradient (second derivatives are not implemented)")
+
+    return formula
+
+
+def _register_autocast(overload: torch._ops.OpOverload, device_type: str, lib: torch.library.Library) -> None:
+    """Inside autocast, floating tensors (float64 aside, as in torch) take the autocast dtype."""
+    key = "Autocast" + device_type.upper()
+
+    def cast(value, dtype):
+        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if eligible and value.device.type == device_type else value
+
+    def kernel(keyset, *args, **kwargs):
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return overload(*(cast(a, dtype) for a in args), **{k: cast(v, dtype) for k, v in kwargs.items()})
+
+    lib.impl(overload._schema.name.split("::")[1], kernel, key, with_keyset=True)

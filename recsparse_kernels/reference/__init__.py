@@ -1,0 +1,1 @@
+"""The definitions, in plain torch: what every kernel is tested against, and what runs without one."""

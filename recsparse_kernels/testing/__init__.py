@@ -1,0 +1,53 @@
+"""What tests and benches share: the twice rule, the backends to run, and (one file a family) the cases."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ..config import cpu_levels
+from ..ops._backend import OPS
+
+
+def backends(op: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list:
+    """pytest parameters: the reference, and the native backend once for each instruction level.
+
+    Use with the ``backend`` fixture of tests/conftest.py, which sets the level.
+    """
+    out = ["reference"]
+    if "native" in OPS[op].backends(device_type, dtype):
+        out += [f"native-{level}" for level in cpu_levels()]
+    return out
+
+
+def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0) -> None:
+    """The kernel may err at most ``factor`` times as much as the reference does in the working dtype.
+
+    Args:
+        actual: from the kernel.
+        exact: from the reference in float64.
+        baseline: from the reference in the dtype of ``actual``.
+
+    The largest error over the tensor counts. To it comes one rounding of the working dtype at the
+    size of the largest exact value: the final store may round the other way.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
+    assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, wanted {baseline.dtype}"
+    if exact.numel() == 0:
+        return
+    rounding = torch.finfo(baseline.dtype).eps
+    actual, baseline, exact = actual.detach().double(), baseline.detach().double(), exact.detach().double()
+    same_special = (actual.isnan() == exact.isnan()) & (actual.isinf() == exact.isinf())
+    assert bool(same_special.all()), f"{name}: NaN or Inf where the definition has none, or the reverse"
+    finite = exact.isfinite()
+    if not bool(finite.any()):
+        return
+    error = (actual - exact)[finite].abs().max().item()
+    allowed = factor * (baseline - exact)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
+    allowed += rounding * exact[finite].abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def skip_without(path) -> None:
+    """Skip the test, with the reason, when a data file is absent."""
+    if not path.exists():
+        pytest.skip(f"{path} is not on this machine")

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+import recsparse_kernels as rk
+from recsparse_kernels.config import use_cpu_level
+
+# New memory is filled with NaN (integers: their maximum), so an element never written is found.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def backend(request):
+    """Parametrize with ``testing.backends(op)``, indirect: sets the instruction level, gives the backend."""
+    name, _, level = request.param.partition("-")
+    if not level:
+        yield name
+        return
+    with use_cpu_level(level):
+        yield name
+
+
+@pytest.fixture(params=rk.cpu_levels() or [None], ids=str)
+def cpu_level(request):
+    """Runs the test once for each instruction level of the machine."""
+    if request.param is None:
+        pytest.skip("the native library is not built")
+    with use_cpu_level(request.param):
+        yield request.param
