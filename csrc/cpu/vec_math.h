@@ -11,7 +11,8 @@ namespace RS_ISA {
 RS_INLINE Vec exp(Vec x) {
   const Vec clamped = min(broadcast(128.0f), max(broadcast(-150.0f), x * broadcast(1.44269504f)));
   const Vec n = round_to_int(clamped);
-  Vec r = fnmadd(n, broadcast(0.693359375f), x);  // ln2 in two parts, the first exact for |n| < 2^13
+  Vec r =
+      fnmadd(n, broadcast(0.693359375f), x);  // ln2 in two parts, the first exact for |n| < 2^13
   r = fnmadd(n, broadcast(-2.12194440e-4f), r);
   r = min(broadcast(0.4f), max(broadcast(-0.4f), r));  // only matters where the result saturates
   Vec p = broadcast(1.98412698e-4f);
