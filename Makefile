@@ -11,6 +11,7 @@ OUT ?= demo_out
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
+test: CMAKE_ARGS += -DRECSPARSE_TESTS=ON
 test: build
 	$(BIN)/python -m pytest
 
