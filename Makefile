@@ -11,7 +11,7 @@ OUT ?= demo_out
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
-test: CMAKE_ARGS += -DRECSPARSE_TESTS=ON
+test: TEST_MODULE = -DRECSPARSE_TESTS=ON
 test: build
 	$(BIN)/python -m pytest
 
@@ -41,7 +41,7 @@ sanitize: $(VENV)/ready
 		$(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(SANITIZE_TESTS))
 
 build: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS)" $(BIN)/python setup.py --quiet build_ext --inplace
+	CMAKE_ARGS="$(CMAKE_ARGS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

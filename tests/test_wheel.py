@@ -72,7 +72,6 @@ def wheel(tmp_path_factory):
         pytest.skip("no C++ compiler")
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(out)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     # a scratch build folder: what lies in build/lib from an older tree must not get into the wheel
     command[4:4] = ["--bdist-dir", str(out / "tree")]
     egg_info = ["egg_info", "--egg-base", str(out)]
