@@ -80,7 +80,6 @@ def wheel(tmp_path_factory):
         [*command[:3], *egg_info, *build, *command[3:]],
         cwd=ROOT,
         check=True,
-        env=environment,
         capture_output=True,
     )
     (path,) = out.glob("*.whl")
