@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace, sources: list) -> None:
 
     import rich.console
     import rich.progress
+    import torch
 
     from . import report
     from .data import ClickLog
@@ -83,6 +84,8 @@ def _run(args: argparse.Namespace, sources: list) -> None:
     from .train import ClickPlan
 
     started = time.perf_counter()
+    # Adagrad builds sparse tensors; torch warns where nobody has said that it need not check them
+    torch.sparse.check_sparse_tensor_invariants.disable()
     console = rich.console.Console(width=None if sys.stdout.isatty() else 170)
     columns = (
         rich.progress.TextColumn("{task.description:<44}"), rich.progress.BarColumn(),

@@ -60,8 +60,8 @@ def run_clicks(
             f"{log.numeric.shape[1]} numeric features, {len(log.field_sizes)} fields with "
             f"{sum(log.field_sizes):,} ids",
             f"trained on the first {_length(early):,} rows, then (dense as well) fine-tuned on the next "
-            f"{_length(late):,}; batch {plan.batch}, up to {plan.max_passes} passes each, stopped by validation "
-            "loss",
+            f"{_length(late):,}; batch {plan.batch}, up to {plan.max_passes} passes each, stopped by "
+            "validation loss",
             f"Adagrad for tables ({plan.rates.tables:g}, fine-tuning {plan.finetune_rates.tables:g}), "
             f"Adam for the rest ({plan.rates.rest:g}, {plan.finetune_rates.rest:g})",
             *log.notes,
