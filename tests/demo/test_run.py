@@ -32,8 +32,15 @@ def quiet(what: str, steps: int):
     return lambda count: None
 
 
-@pytest.mark.parametrize("lines", [files.tsv_lines(400), files.csv_lines(400), files.interaction_lines(60, 700),
-                                   files.xmc_lines(60, 40, 600)], ids=["tsv", "csv", "interactions", "xmc"])  # fmt: skip
+SMALL = {
+    "tsv": files.tsv_lines(400),
+    "csv": files.csv_lines(400),
+    "interactions": files.interaction_lines(60, 700),
+    "xmc": files.xmc_lines(60, 40, 600),
+}
+
+
+@pytest.mark.parametrize("lines", SMALL.values(), ids=SMALL)
 def test_a_file_of_each_format_gives_a_whole_report(lines, tmp_path, capsys):
     out = tmp_path / "new" / "out"
     assert call("--data", files.write(tmp_path / "data", lines), "--out", out, *QUICK) == 0
