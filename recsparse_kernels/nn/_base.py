@@ -84,7 +84,9 @@ class PackedModule(nn.Module):
         dense = self._empty_dense()
         for key, own in dense.state_dict().items():
             if prefix + key not in state_dict:
-                raise ValueError(f"{prefix + key!r} is missing in the dense state_dict; it has {sorted(state_dict)}")
+                raise ValueError(
+                    f"{prefix + key!r} is missing in the dense state_dict; it has {sorted(state_dict)}"
+                )
             if state_dict[prefix + key].shape != own.shape:
                 got = tuple(state_dict[prefix + key].shape)
                 raise ValueError(f"{prefix + key!r} must have shape {tuple(own.shape)}; got {got}")
@@ -123,7 +125,8 @@ class PackedModule(nn.Module):
     ):
         """As torch, but a layer whose tensors do not all fit takes none of them."""
         wrong = [
-            f"{prefix + key}: this layer has shape {tuple(own.shape)}, the state_dict {tuple(state_dict[prefix + key].shape)}"
+            f"{prefix + key}: this layer has shape {tuple(own.shape)}, "
+            f"the state_dict {tuple(state_dict[prefix + key].shape)}"
             for key, own in self.state_dict(keep_vars=True).items()
             if prefix + key in state_dict and state_dict[prefix + key].shape != own.shape
         ]
@@ -141,4 +144,3 @@ def copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
     """A frozen dense layer gives a frozen packed layer."""
     if not any(p.requires_grad for p in source.parameters()):
         target.requires_grad_(False)
-
