@@ -51,6 +51,19 @@ class PackedModule(nn.Module):
         """Become, in place, what ``from_dense(dense)`` with this layer's options would be."""
         raise NotImplementedError
 
+    def pack_state(self, name: str, dense: Tensor) -> Tensor | None:
+        """What a tensor laid out like the dense weight (an optimizer's moment) becomes for a parameter.
+
+        Args:
+            name: of one of this layer's parameters.
+            dense: same shape as `dense_weight`, any floating dtype.
+
+        Returns:
+            The entries at the kept positions, laid out like the parameter; None when the parameter has
+            no positions in the dense weight (a low-rank factor).
+        """
+        return None
+
     @property
     def weight(self) -> Tensor:
         """`dense_weight`, for code that reads ``layer.weight``; warns above a size limit."""
@@ -84,7 +97,9 @@ class PackedModule(nn.Module):
         dense = self._empty_dense()
         for key, own in dense.state_dict().items():
             if prefix + key not in state_dict:
-                raise ValueError(f"{prefix + key!r} is missing in the dense state_dict; it has {sorted(state_dict)}")
+                raise ValueError(
+                    f"{prefix + key!r} is missing in the dense state_dict; it has {sorted(state_dict)}"
+                )
             if state_dict[prefix + key].shape != own.shape:
                 got = tuple(state_dict[prefix + key].shape)
                 raise ValueError(f"{prefix + key!r} must have shape {tuple(own.shape)}; got {got}")
@@ -123,7 +138,8 @@ class PackedModule(nn.Module):
     ):
         """As torch, but a layer whose tensors do not all fit takes none of them."""
         wrong = [
-            f"{prefix + key}: this layer has shape {tuple(own.shape)}, the state_dict {tuple(state_dict[prefix + key].shape)}"
+            f"{prefix + key}: this layer has shape {tuple(own.shape)}, "
+            f"the state_dict {tuple(state_dict[prefix + key].shape)}"
             for key, own in self.state_dict(keep_vars=True).items()
             if prefix + key in state_dict and state_dict[prefix + key].shape != own.shape
         ]
@@ -141,4 +157,3 @@ def copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
     """A frozen dense layer gives a frozen packed layer."""
     if not any(p.requires_grad for p in source.parameters()):
         target.requires_grad_(False)
-
