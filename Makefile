@@ -11,6 +11,7 @@ OUT ?= demo_out
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
+test: TEST_MODULE = -DRECSPARSE_TESTS=ON
 test: build
 	$(BIN)/python -m pytest
 
@@ -25,8 +26,22 @@ bench: build
 wheel: $(VENV)/ready
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+# The op tests under the address and undefined-behaviour sanitizers, on a copy of the package.
+SANITIZE := build/sanitize
+SANITIZE_TESTS ?= tests/ops
+sanitize: $(VENV)/ready
+	mkdir -p $(SANITIZE)/package
+	cp -r recsparse_kernels $(SANITIZE)/package/
+	$(BIN)/cmake -S . -B $(SANITIZE)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DRECSPARSE_SANITIZE=ON \
+		-DRECSPARSE_OUTPUT_DIR=$(CURDIR)/$(SANITIZE)/package/recsparse_kernels
+	$(BIN)/cmake --build $(SANITIZE)/cmake --parallel
+	cd $(SANITIZE)/package && \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(SANITIZE_TESTS))
+
 build: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS)" $(BIN)/python setup.py --quiet build_ext --inplace
+	CMAKE_ARGS="$(CMAKE_ARGS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -18,24 +18,27 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+# cmake and ninja may have come with pip, beside this interpreter
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 # glibc 2.28: what the library's symbols need (tests/test_wheel.py checks it)
 PLATFORM_TAG = {"x86_64": "manylinux_2_28_x86_64", "aarch64": "manylinux_2_28_aarch64"}
 
 
 class CMakeBuild(build_ext):
     def run(self):
-        # setuptools' default for an extension is Python's own ABI tag and compiler; CMake has neither
-        package = ROOT if self.inplace else Path(self.build_lib)
-        output = (package / "recsparse_kernels").resolve()
+        # CMake puts the library into the source tree; a wheel takes a copy, so both share the objects
         build = ROOT / "build" / "cmake"
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), *generator,
-             f"-DPython_EXECUTABLE={sys.executable}", f"-DRECSPARSE_OUTPUT_DIR={output}",
+            ["cmake", "-S", str(ROOT), "-B", str(build), *generator, f"-DPython_EXECUTABLE={sys.executable}",
              *os.environ.get("CMAKE_ARGS", "").split()],
             check=True,
         )  # fmt: skip
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
+        if not self.inplace:
+            (output,) = map(Path, self.get_outputs())
+            output.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "recsparse_kernels" / output.name, output)
 
     def get_outputs(self):
         return [str(Path(self.build_lib) / "recsparse_kernels" / "_native_cpu.so")]

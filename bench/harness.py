@@ -102,7 +102,9 @@ def compare(
     return rows
 
 
-def rotating(make: Callable[[int], tuple], call: Callable, bytes_each: int, limit: int = 64) -> Callable[[], Any]:
+def rotating(
+    make: Callable[[int], tuple], call: Callable, bytes_each: int, limit: int = 64
+) -> Callable[[], Any]:
     """A call that takes the next of several inputs each time, together larger than the cache.
 
     ``make(i)`` builds the i-th input tuple, ``bytes_each`` its size; ``call(*inputs)`` is timed.
@@ -120,7 +122,9 @@ def rotating(make: Callable[[int], tuple], call: Callable, bytes_each: int, limi
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest error over the largest exact value."""
-    return ((actual.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-30)).item()
+    return (
+        (actual.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-30)
+    ).item()
 
 
 @functools.lru_cache(maxsize=1)

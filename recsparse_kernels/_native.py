@@ -19,7 +19,9 @@ class Library:
 def _load(name: str) -> Library:
     path = Path(__file__).with_name(f"{name}.so")
     if not path.exists():
-        return Library(name, path, False, f"{path.name} is not there: it was not built, see README.md, Install")
+        return Library(
+            name, path, False, f"{path.name} is not there: it was not built, see README.md, Install"
+        )
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         return Library(name, path, False, f"needs torch >= 2.10, this is torch {torch.__version__}")

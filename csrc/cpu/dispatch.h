@@ -22,9 +22,9 @@ struct TypeTag {
 // Calls f(TypeTag<T>) with T = float, bf16 or f16 for the dtype.
 template <class F>
 auto with_float_type(ScalarType dtype, const char* name, F f) {
-  RS_CHECK_TYPE(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
-                    dtype == ScalarType::Half,
-                name, " must be float32, bfloat16 or float16; got ", dtype_text(dtype));
+  RS_CHECK_TYPE(
+      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+      name, " must be float32, bfloat16 or float16; got ", dtype_text(dtype));
   if (dtype == ScalarType::BFloat16) return f(TypeTag<bf16>());
   if (dtype == ScalarType::Half) return f(TypeTag<f16>());
   return f(TypeTag<float>());

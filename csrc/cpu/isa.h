@@ -30,23 +30,37 @@ enum class CpuLevel : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
 CpuLevel cpu_level();  // in use now
 
 #if defined(__x86_64__)
-#define RS_KERNEL_TABLE(Table, table)                                \
-  namespace portable { template <class T> const Table<T>& table(); } \
-  namespace avx2 { template <class T> const Table<T>& table(); }     \
-  namespace avx512 { template <class T> const Table<T>& table(); }   \
-  template <class T>                                                 \
-  const Table<T>& table() {                                          \
-    switch (cpu_level()) {                                           \
-      case CpuLevel::kAvx512: return avx512::table<T>();             \
-      case CpuLevel::kAvx2: return avx2::table<T>();                 \
-      default: return portable::table<T>();                          \
-    }                                                                \
+#define RS_KERNEL_TABLE(Table, table)                    \
+  namespace portable {                                   \
+  template <class T>                                     \
+  const Table<T>& table();                               \
+  }                                                      \
+  namespace avx2 {                                       \
+  template <class T>                                     \
+  const Table<T>& table();                               \
+  }                                                      \
+  namespace avx512 {                                     \
+  template <class T>                                     \
+  const Table<T>& table();                               \
+  }                                                      \
+  template <class T>                                     \
+  const Table<T>& table() {                              \
+    switch (cpu_level()) {                               \
+      case CpuLevel::kAvx512: return avx512::table<T>(); \
+      case CpuLevel::kAvx2: return avx2::table<T>();     \
+      default: return portable::table<T>();              \
+    }                                                    \
   }
 #else
-#define RS_KERNEL_TABLE(Table, table)                                \
-  namespace portable { template <class T> const Table<T>& table(); } \
-  template <class T>                                                 \
-  const Table<T>& table() { return portable::table<T>(); }
+#define RS_KERNEL_TABLE(Table, table) \
+  namespace portable {                \
+  template <class T>                  \
+  const Table<T>& table();            \
+  }                                   \
+  template <class T>                  \
+  const Table<T>& table() {           \
+    return portable::table<T>();      \
+  }
 #endif
 
 #define RS_INSTANTIATE_KERNEL_TABLE(Table, table) \

@@ -120,7 +120,9 @@ RS_INLINE Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-RS_INLINE Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+RS_INLINE Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
 RS_INLINE Vec load_first(const float* p, int64_t n) {
   return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
 }
@@ -277,12 +279,24 @@ RS_INLINE LaneMask first_lanes(int64_t n) {
   for (int i = 0; i < kLanes; ++i) m.v[i] = i < n;
   return m;
 }
-RS_INLINE Vec zero() { return each_lane([](int) { return 0.0f; }); }
-RS_INLINE Vec broadcast(float x) { return each_lane([&](int) { return x; }); }
-RS_INLINE Vec operator+(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] + b.v[i]; }); }
-RS_INLINE Vec operator-(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] - b.v[i]; }); }
-RS_INLINE Vec operator*(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] * b.v[i]; }); }
-RS_INLINE Vec operator/(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] / b.v[i]; }); }
+RS_INLINE Vec zero() {
+  return each_lane([](int) { return 0.0f; });
+}
+RS_INLINE Vec broadcast(float x) {
+  return each_lane([&](int) { return x; });
+}
+RS_INLINE Vec operator+(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] + b.v[i]; });
+}
+RS_INLINE Vec operator-(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] - b.v[i]; });
+}
+RS_INLINE Vec operator*(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i]; });
+}
+RS_INLINE Vec operator/(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] / b.v[i]; });
+}
 RS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 RS_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return c - a * b; }
 RS_INLINE Vec min(Vec a, Vec b) {
@@ -291,7 +305,9 @@ RS_INLINE Vec min(Vec a, Vec b) {
 RS_INLINE Vec max(Vec a, Vec b) {
   return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-RS_INLINE Vec sqrt(Vec a) { return each_lane([&](int i) { return __builtin_sqrtf(a.v[i]); }); }
+RS_INLINE Vec sqrt(Vec a) {
+  return each_lane([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
 RS_INLINE Vec round_to_int(Vec a) {
   return each_lane([&](int i) { return __builtin_rintf(a.v[i]); });
 }

@@ -11,7 +11,8 @@ namespace RS_ISA {
 RS_INLINE Vec exp(Vec x) {
   const Vec clamped = min(broadcast(128.0f), max(broadcast(-150.0f), x * broadcast(1.44269504f)));
   const Vec n = round_to_int(clamped);
-  Vec r = fnmadd(n, broadcast(0.693359375f), x);  // ln2 in two parts, the first exact for |n| < 2^13
+  Vec r =
+      fnmadd(n, broadcast(0.693359375f), x);  // ln2 in two parts, the first exact for |n| < 2^13
   r = fnmadd(n, broadcast(-2.12194440e-4f), r);
   r = min(broadcast(0.4f), max(broadcast(-0.4f), r));  // only matters where the result saturates
   Vec p = broadcast(1.98412698e-4f);
@@ -47,19 +48,20 @@ RS_INLINE Vec abs(Vec x) { return max(x, zero() - x); }
 // softplus(x) = log(1 + e^x) = max(x, 0) + log1p(e^-|x|)
 RS_INLINE Vec softplus(Vec x) { return max(zero(), x) + log1p_unit(exp(zero() - abs(x))); }
 
-// tanh(x) = x - x^3/3 + ... near 0, else sign(x) (1 - 2 / (e^{2|x|} + 1))
+// tanh(x): a minimax polynomial in x^2 for |x| < 0.625 (coefficients of Cephes' tanhf), else
+// sign(x) (1 - 2 / (e^{2|x|} + 1)), whose cancellation is harmless from there on.
 RS_INLINE Vec tanh(Vec x) {
   const Vec a = abs(x);
   const Vec x2 = x * x;
-  Vec p = broadcast(-0.00886323553f);  // 0.625: where the series (to x^11) meets float32 rounding
-  p = fmadd(p, x2, broadcast(0.0218694885f));
-  p = fmadd(p, x2, broadcast(-0.0539682540f));
-  p = fmadd(p, x2, broadcast(0.133333333f));
-  p = fmadd(p, x2, broadcast(-0.333333333f));
+  Vec p = broadcast(-5.70498872745e-3f);
+  p = fmadd(p, x2, broadcast(2.06390887954e-2f));
+  p = fmadd(p, x2, broadcast(-5.37397155531e-2f));
+  p = fmadd(p, x2, broadcast(1.33314422036e-1f));
+  p = fmadd(p, x2, broadcast(-3.33332819422e-1f));
   const Vec small = fmadd(p * x2, x, x);
   const Vec big = broadcast(1.0f) - broadcast(2.0f) / (exp(a + a) + broadcast(1.0f));
   const Vec signed_big = select(less(x, zero()), zero() - big, big);
-  return select(less(a, broadcast(0.3f)), small, select(is_nan(x), x, signed_big));
+  return select(less(a, broadcast(0.625f)), small, select(is_nan(x), x, signed_big));
 }
 
 // erf by Abramowitz & Stegun 7.1.26 is only 1.5e-7 absolute, too coarse near 0; so |x| < 1 uses
@@ -67,7 +69,7 @@ RS_INLINE Vec tanh(Vec x) {
 RS_INLINE Vec erf(Vec x) {
   const Vec a = abs(x);
   const Vec x2 = x * x;
-  Vec p = broadcast(-1.4503852223e-7f * 1.0f);
+  Vec p = broadcast(-1.4503852223e-7f);
   p = fmadd(p, x2, broadcast(1.4589169000931e-6f));
   p = fmadd(p, x2, broadcast(-1.3227513227513e-5f));
   p = fmadd(p, x2, broadcast(1.0683760683760e-4f));

@@ -106,7 +106,8 @@ class Op:
             return available[0]
         if backend not in available:
             raise ValueError(
-                f"backend must be one of {available} for {self.name} on {device_type} in {dtype}; got {backend!r}"
+                f"backend must be one of {available} for {self.name} on {device_type} in {dtype}; "
+                f"got {backend!r}"
             )
         return backend
 
@@ -153,7 +154,9 @@ def _bind_backend(backward: Callable, backend: str) -> Callable:
 
 def _not_differentiable(name: str) -> Callable:
     def formula(ctx, *grads):
-        raise RuntimeError(f"recsparse_kernels: {name} has no gradient (second derivatives are not implemented)")
+        raise RuntimeError(
+            f"recsparse_kernels: {name} has no gradient (second derivatives are not implemented)"
+        )
 
     return formula
 

@@ -44,4 +44,6 @@ def check_shape(name: str, tensor: Tensor, wanted: tuple, letters: str = "") -> 
     )
     if not fits:
         text = "(" + ", ".join("any" if w is None else str(w) for w in wanted) + ")"
-        raise ValueError(f"{name} must have shape {letters or ''}{' = ' if letters else ''}{text}; got {shape(tensor)}")
+        raise ValueError(
+            f"{name} must have shape {letters or ''}{' = ' if letters else ''}{text}; got {shape(tensor)}"
+        )

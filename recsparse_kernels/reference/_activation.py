@@ -3,14 +3,13 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def activate(x: Tensor, activation: int) -> Tensor:
     """0 identity, 1 ReLU, 2 GELU (erf form), 3 SiLU, 4 sigmoid, 5 tanh."""
-    functions = (
-        lambda x: x, torch.relu, torch.nn.functional.gelu, torch.nn.functional.silu, torch.sigmoid, torch.tanh,
-    )  # fmt: skip
+    functions = (lambda x: x, torch.relu, F.gelu, F.silu, torch.sigmoid, torch.tanh)
     return functions[activation](x)
 
 

@@ -1,0 +1,147 @@
+"""The wheel: one file for every CPython >= 3.10 and torch >= 2.10, small, and asking little of the system."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import recsparse_kernels as rk
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(rk.__file__).with_name("_native_cpu.so")
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the native library is not built")
+needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
+
+# torch's stable C shims; what every ELF library has; libc and libstdc++ by symbol version (below)
+ALLOWED = re.compile(
+    r"^(aoti_torch_|torch_)\w+$|^(_ITM_\w+TMCloneTable|__gmon_start__)$|@(GLIBC|GLIBCXX|CXXABI|GCC)_"
+)
+HIGHEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}  # manylinux_2_28
+
+
+def undefined_symbols() -> list[str]:
+    run = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+    )
+    return [line.split()[-1] for line in run.stdout.splitlines()]
+
+
+@needs_library
+@needs_binutils
+def test_undefined_symbols_are_on_the_allow_list():
+    assert [s for s in undefined_symbols() if not ALLOWED.search(s)] == []
+    assert not [s for s in undefined_symbols() if s.startswith(("Py", "_Py"))]
+
+
+@needs_library
+@needs_binutils
+def test_symbol_versions_fit_manylinux_2_28():
+    too_new = []
+    for symbol in undefined_symbols():
+        match = re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)$", symbol)
+        if match and tuple(map(int, match[2].split("."))) > HIGHEST[match[1]]:
+            too_new.append(symbol)
+    assert too_new == []
+
+
+@needs_library
+@needs_binutils
+def test_exports_nothing():
+    run = subprocess.run(
+        ["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == ""
+
+
+@needs_library
+def test_holds_no_path_of_the_build_machine():
+    content = LIBRARY.read_bytes()
+    assert str(ROOT).encode() not in content
+    assert str(Path(sys.prefix)).encode() not in content
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if shutil.which("g++") is None and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(out)]
+    # a scratch build folder: what lies in build/lib from an older tree must not get into the wheel
+    command[4:4] = ["--bdist-dir", str(out / "tree")]
+    egg_info = ["egg_info", "--egg-base", str(out)]
+    build = ["build", "--build-base", str(out / "build")]
+    subprocess.run(
+        [*command[:3], *egg_info, *build, *command[3:]],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_wheel_is_one_small_file_for_all_pythons(wheel):
+    assert re.fullmatch(r"recsparse_kernels-[\d.]+-py3-none-(manylinux_2_28|linux)_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size < 5e6
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "recsparse_kernels/_native_cpu.so" in names
+    assert not [n for n in names if n.startswith(("tests/", "bench/", "csrc/"))]
+
+
+def test_wheel_runs_where_it_is_unpacked(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import recsparse_kernels as rk; print(rk.__file__); assert rk.cpu_levels(), rk.show_config()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert run.returncode == 0, run.stderr
+    assert str(tmp_path) in run.stdout
+
+
+def test_import_without_the_library(tmp_path):
+    shutil.copytree(
+        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    code = (
+        "import recsparse_kernels as rk, torch\n"
+        "from recsparse_kernels.ops._backend import OPS\n"
+        "assert rk.cpu_levels() == () and rk.cpu_level() is None\n"
+        "assert all(op.backends() == ('reference',) for op in OPS.values())\n"
+        "print(rk.show_config())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "missing" in run.stdout and "not built" in run.stdout and "reference only" in run.stdout
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path):
+    shutil.copytree(
+        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    (tmp_path / "recsparse_kernels" / "_native_cpu.so").write_bytes(b"not a library")
+    code = "import recsparse_kernels as rk; print(rk.show_config())"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert run.returncode == 0, run.stderr
+    assert "does not load" in run.stdout
