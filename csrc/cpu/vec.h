@@ -158,6 +158,33 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
+// Rows of a kLanes x kLanes block become its columns.
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
+  __m512 pair[16], quad[16];
+  for (int i = 0; i < 16; i += 2) {
+    pair[i] = _mm512_unpacklo_ps(block[i].v, block[i + 1].v);
+    pair[i + 1] = _mm512_unpackhi_ps(block[i].v, block[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pair[i + j]), b = _mm512_castps_pd(pair[i + 2 + j]);
+      quad[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      quad[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4;
+       ++i) {  // quad[4 r + i]: rows 4 r..4 r + 3 of columns i, 4 + i, 8 + i, 12 + i
+    const __m512 low02 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0x88);
+    const __m512 low13 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0xdd);
+    const __m512 high02 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0x88);
+    const __m512 high13 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0xdd);
+    block[i].v = _mm512_shuffle_f32x4(low02, high02, 0x88);
+    block[8 + i].v = _mm512_shuffle_f32x4(low02, high02, 0xdd);
+    block[4 + i].v = _mm512_shuffle_f32x4(low13, high13, 0x88);
+    block[12 + i].v = _mm512_shuffle_f32x4(low13, high13, 0xdd);
+  }
+}
+
 #elif defined(RS_ISA_AVX2)
 
 constexpr int kLanes = 8;
@@ -258,6 +285,25 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
+  __m256 pair[8], quad[8];
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
+    pair[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(pair[i + j]), b = _mm256_castps_pd(pair[i + 2 + j]);
+      quad[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      quad[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    block[i].v = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x20);
+    block[4 + i].v = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x31);
+  }
+}
+
 #else  // portable: the explanation of the two above, and what runs everywhere else
 
 constexpr int kLanes = 8;
@@ -355,6 +401,15 @@ RS_INLINE void store(T* p, Vec a) {
 template <class T>
 RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
+}
+
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = block[i].v[j];
+      block[i].v[j] = block[j].v[i];
+      block[j].v[i] = t;
+    }
 }
 
 #endif
