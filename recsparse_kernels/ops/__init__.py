@@ -1,1 +1,21 @@
 """Public functions: argument checks, autograd and fake functions, and the choice of a backend."""
+
+from .sparse24 import (
+    sparse24_compress,
+    sparse24_decompress,
+    sparse24_from_torch,
+    sparse24_gather,
+    sparse24_linear,
+    sparse24_linear_ste,
+    sparse24_mask,
+)
+
+__all__ = [
+    "sparse24_compress",
+    "sparse24_decompress",
+    "sparse24_from_torch",
+    "sparse24_gather",
+    "sparse24_linear",
+    "sparse24_linear_ste",
+    "sparse24_mask",
+]
