@@ -100,7 +100,7 @@ class LabelModel(nn.Module):
             # the same as binary_cross_entropy_with_logits on a multi-hot target, without building that
             return (nn.functional.softplus(scores).sum() - scores[row, label].sum()) / len(labels)
         positives = torch.from_numpy(labels.offsets), torch.from_numpy(labels.values)
-        return self.head.loss(hidden, positives, kind="bce")
+        return self.head.loss(hidden, positives, kind="bce", reduction="batchmean")
 
     def topk(self, features: Ragged, k: int) -> Tensor:
         """The k best labels of each row, [B, k]."""

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from .results import INFERENCE_BATCHES, Row, Section
+from .results import INFERENCE_BATCHES, TOP, Row, Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,73 +48,83 @@ def write(report: Report, out: Path) -> list[Path]:
 
 
 def as_json(report: Report) -> dict:
-    return {
-        **report.header,
-        "sections": [
-            {**dataclasses.asdict(section), "rows": [dataclasses.asdict(row) for row in section.rows]}
-            for section in report.sections
-        ],
-    }
+    return {**report.header, "sections": [dataclasses.asdict(section) for section in report.sections]}
 
 
 def as_markdown(report: Report) -> str:
+    columns = [name.replace("\n", " ") for name in column_names()]
     lines = ["# recsparse_kernels demo", ""]
     lines += [f"- {key}: {value}" for key, value in report.header.items()]
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for section in report.sections:
-        columns, rows = table(section)
+        lines.append(f"| **{section.title}** " + "| " * (len(columns) - 1) + "|")
+        rows = [[cell.replace("\n", "<br>") for cell in cells(row, section)] for row in section.rows]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", legend(report)]
+    for section in report.sections:
         lines += ["", f"## {section.title}", ""]
         lines += [f"- {line}" for line in section.description]
         lines += [f"- {name}: {value:.4f}" for name, value in section.extra.items()]
-        lines += ["", "| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-        lines += ["| " + " | ".join(cell.replace("\n", "<br>") for cell in row) + " |" for row in rows]
-        lines += ["", legend(section), ""]
         for row in section.rows:
             if row.swapped:
-                lines += [f"{row.model}:", "", *(f"- {line}" for line in row.swapped), ""]
-    lines += ["![accuracy against bytes, and speed](report.png)", ""]
+                lines += ["", f"{row.model}:", "", *(f"- {line}" for line in row.swapped)]
+    lines += ["", "![accuracy against bytes, and speed](report.png)", ""]
     return "\n".join(lines)
 
 
-def legend(section: Section) -> str:
-    small = "In brackets: share of dense bytes, speed as a multiple of dense (above 1 is faster than dense)."
-    times = f"Step: forward, backward, update at batch {section.batch}. Times: medians, models taking turns."
-    if section.kind == "clicks":
-        error = "± is one standard error over test rows; of the difference to dense, that of the paired one."
-        return f"{error} {small} {times}"
-    return f"± is one standard error over test rows. Inference asks for the top 5 labels. {small} {times}"
+def legend(report: Report) -> str:
+    batches = " and ".join(str(section.batch) for section in report.sections)
+    return (
+        "± is one standard error over test rows; of a difference to dense, that of the paired difference. "
+        "In brackets: bytes as a share of dense, speed as a multiple of dense (above 1 is faster). "
+        f"Step: forward, backward, update, at batch {batches}. Inference of many labels gives the top {TOP}. "
+        "Times are medians, the models taking turns in one process."
+    )
 
 
-def table(section: Section) -> tuple[list[str], list[list[str]]]:
-    """Column names and cells; a cell's second line is the ratio to dense."""
-    accuracy = ["AUC", "against dense", "logloss"] if section.kind == "clicks" else ["P@1", "P@3", "P@5"]
-    if section.kind == "labels" and section.rows[0].labels.recall is not None:
-        accuracy += ["Recall@20", "NDCG@20"]
-    columns = ["model", *accuracy, "parameters", "optimizer", "training step"]
-    columns += [f"batch {size}" for size in INFERENCE_BATCHES]
-    dense = section.rows[0]
-    return columns, [[row.model, *_accuracy(row), *_costs(row, dense)] for row in section.rows]
+def column_names() -> list[str]:
+    inference = [f"inference p50\nbatch {size}" for size in INFERENCE_BATCHES]
+    return [
+        "model",
+        "AUC or P@1",
+        "logloss or P@3, P@5",
+        "parameters",
+        "optimizer",
+        "training\nstep",
+        *inference,
+    ]
+
+
+def cells(row: Row, section: Section) -> list[str]:
+    """One row of the table; below each figure its ratio to dense."""
+    return [row.model, *_accuracy(row), *_costs(row, section.rows[0])]
 
 
 def _accuracy(row: Row) -> list[str]:
     if row.clicks is not None:
         m = row.clicks
-        gain = "" if m.auc_gain_error == 0 else f"{m.auc_gain:+.4f}\n± {m.auc_gain_error:.4f}"
-        return [f"{m.auc:.4f}\n± {m.auc_error:.4f}", gain, f"{m.logloss:.4f}\n± {m.logloss_error:.4f}"]
+        auc = f"AUC {m.auc:.4f} ± {m.auc_error:.4f}"
+        gain = f"\n({m.auc_gain:+.4f} ± {m.auc_gain_error:.4f})" if m.auc_gain_error else ""
+        return [auc + gain, f"logloss {m.logloss:.4f}\n± {m.logloss_error:.4f}"]
     m = row.labels
-    cells = [f"{100 * value:.2f}" for value in m.precision.values()]
-    cells[0] += f"\n± {100 * m.precision_error:.2f}"
-    return cells if m.recall is None else [*cells, f"{m.recall:.4f}", f"{m.ndcg:.4f}"]
+    first, third, fifth = (100 * value for value in m.precision.values())
+    best = f"P@1 {first:.2f} ± {100 * m.precision_error:.2f}"
+    others = f"P@3 {third:.2f}, P@5 {fifth:.2f}"
+    if m.recall is not None:
+        best += f"\nRecall@20 {m.recall:.4f}"
+        others += f"\nNDCG@20 {m.ndcg:.4f}"
+    return [best, others]
 
 
 def _costs(row: Row, dense: Row) -> list[str]:
     def of(own: int, base: int) -> str:
         return f"{_bytes(own)}\n({own / base:.2f})" if base else _bytes(own)
 
-    cells = [of(row.parameter_bytes, dense.parameter_bytes), of(row.optimizer_bytes, dense.optimizer_bytes)]
+    costs = [of(row.parameter_bytes, dense.parameter_bytes), of(row.optimizer_bytes, dense.optimizer_bytes)]
     times = [(row.step, dense.step)] + [
         (row.inference[size], dense.inference[size]) for size in INFERENCE_BATCHES
     ]
-    return cells + [f"{_ms(own.p50_ms)}\n({base.p50_ms / own.p50_ms:.2f}x)" for own, base in times]
+    return costs + [f"{_ms(own.p50_ms)}\n({base.p50_ms / own.p50_ms:.2f}x)" for own, base in times]
 
 
 def _bytes(count: int) -> str:
@@ -126,22 +136,21 @@ def _ms(value: float) -> str:
 
 
 def show(report: Report, console) -> None:
-    """Print the table: one, with a part for each section."""
+    """Print the table."""
     from rich.table import Table
 
+    shown = Table(caption=legend(report), caption_justify="left")
+    for column in column_names():
+        left = column in ("model", "AUC or P@1", "logloss or P@3, P@5")
+        shown.add_column(column, justify="left" if left else "right")
     for section in report.sections:
-        columns, rows = table(section)
-        shown = Table(title=section.title, caption=legend(section), show_lines=True, title_justify="left",
-                      caption_justify="left")  # fmt: skip
-        for column in columns:
-            shown.add_column(
-                column, justify="left" if column == "model" else "right", no_wrap=column != "model"
-            )
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+        shown.add_row(f"[bold]{section.title}[/bold]", end_section=True)
+        for row in section.rows:
+            shown.add_row(*cells(row, section), end_section=True)
+    console.print(shown)
+    for section in report.sections:
         for name, value in section.extra.items():
-            console.print(f"  {name}: {value:.4f}", highlight=False)
+            console.print(f"{name}: {value:.4f}", highlight=False)
 
 
 def draw(report: Report, path: Path) -> None:
@@ -163,6 +172,8 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _draw_accuracy(section: Section, panel) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     colors = _colors(section)
     for row, color in zip(section.rows, colors, strict=True):
         if row.clicks is not None:
@@ -177,9 +188,9 @@ def _draw_accuracy(section: Section, panel) -> None:
     panel.set_xscale("log")
     sizes = [(row.parameter_bytes + row.optimizer_bytes) / 2**20 for row in section.rows]
     panel.set_xlim(min(sizes) / 1.6, max(sizes) * 1.6)
-    panel.xaxis.set_minor_formatter("{x:.4g}")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.xaxis.set_major_formatter("{x:.4g}")
-    panel.tick_params(axis="x", which="both", labelsize=8)
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_ylabel("AUC (bar: ± standard error of the difference to dense)" if section.kind == "clicks"
                      else "P@1, % (bar: ± standard error)", fontsize=9)  # fmt: skip
     panel.set_title(section.title, loc="left")
@@ -200,8 +211,9 @@ def _draw_speed(section: Section, panel) -> None:
         bars = panel.bar(places, speeds, width * 0.92, color=color, label=row.model)
         panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
     panel.axhline(1.0, color="black", linewidth=1)
+    panel.set_xlim(-0.55, len(groups) - 0.2)
     panel.annotate(
-        "dense", (len(groups) - 0.55, 1.0), xytext=(0, 3), textcoords="offset points", fontsize=8, ha="right"
+        "dense", (len(groups) - 0.22, 1.0), xytext=(0, 3), textcoords="offset points", fontsize=8, ha="right"
     )
     panel.set_xticks(range(len(groups)), groups)
     panel.set_ylabel("speed, times dense (higher is better)", fontsize=9)

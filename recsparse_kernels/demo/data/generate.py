@@ -103,9 +103,9 @@ def _shift_for_rate(logit: np.ndarray, rate: float) -> float:
 def generate_label_data(
     rows: int,
     seed: int,
-    num_labels: int = 30_000,
-    num_features: int = 20_000,
-    num_topics: int = 300,
+    num_labels: int = 20_000,
+    num_features: int = 12_000,
+    num_topics: int = 200,
     words_per_label: int = 12,
     words_per_row: int = 30,
 ) -> LabelData:
@@ -123,7 +123,7 @@ def generate_label_data(
     label_words = np.where(rng.random((num_labels, words_per_label)) < 0.4, shared, own)
 
     labels_per_topic = num_labels // num_topics
-    popularity = np.arange(1, labels_per_topic + 1) ** -1.0
+    popularity = np.arange(1, labels_per_topic + 1) ** -1.2
     cumulative = np.cumsum(popularity) / popularity.sum()
     topic_weight = np.arange(1, num_topics + 1) ** -0.6
     topic = rng.choice(num_topics, rows, p=topic_weight / topic_weight.sum())
