@@ -158,6 +158,59 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
+// lane i of the result = base[indices[i]]
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m512i wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)indices));
+  return {_mm512_i32gather_ps(wide, base, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm512_i32gather_ps(_mm512_loadu_si512(indices), base, 4)};
+}
+// Rows and columns of the kLanes x kLanes matrix rows[0..] change places.
+RS_INLINE void transpose(Vec* rows) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {  // 4 x 4 blocks of 128 bits
+    const __m512 low01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xee);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xee);
+    rows[i].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[i + 4].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    rows[i + 8].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[i + 12].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  }
+}
+// lane i of the result = sum of the lanes of rows[i], for kLanes rows; in fewer shuffles than a
+// transposition.
+RS_INLINE Vec sum_each(const Vec* rows) {
+  __m512 a[8], b[4];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 x = rows[2 * i].v, y = rows[2 * i + 1].v;
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const __m512 c =
+      _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
+  const __m512 d =
+      _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x44), _mm512_shuffle_f32x4(b[2], b[3], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd))};
+}
+
 #elif defined(RS_ISA_AVX2)
 
 constexpr int kLanes = 8;
@@ -258,6 +311,46 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)indices));
+  return {_mm256_i32gather_ps(base, wide, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm256_i32gather_ps(base, _mm256_loadu_si256((const __m256i*)indices), 4)};
+}
+RS_INLINE void transpose(Vec* rows) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m256d low = _mm256_castps_pd(a[i + j]), high = _mm256_castps_pd(a[i + j + 2]);
+      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  }
+}
+RS_INLINE Vec sum_each(const Vec* rows) {
+  __m256 a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 x = rows[2 * i].v, y = rows[2 * i + 1].v;
+    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256d x = _mm256_castps_pd(a[2 * i]), y = _mm256_castps_pd(a[2 * i + 1]);
+    b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
+                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
+                        _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+}
+
 #else  // portable: the explanation of the two above, and what runs everywhere else
 
 constexpr int kLanes = 8;
@@ -355,6 +448,23 @@ RS_INLINE void store(T* p, Vec a) {
 template <class T>
 RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
+}
+
+template <class Index>
+RS_INLINE Vec gather(const float* base, const Index* indices) {
+  return each_lane([&](int i) { return base[indices[i]]; });
+}
+RS_INLINE void transpose(Vec* rows) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float kept = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = kept;
+    }
+  }
+}
+RS_INLINE Vec sum_each(const Vec* rows) {
+  return each_lane([&](int i) { return sum_lanes(rows[i]); });
 }
 
 #endif
