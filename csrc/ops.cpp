@@ -37,4 +37,47 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   m.def("low_rank_cross_grad(Tensor grad_output, Tensor x0, Tensor x, Tensor down, Tensor up, Tensor mid, Tensor? bias, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // ---- fan_in ----
+  m.def(
+      "fan_in_linear(Tensor input, Tensor weight, Tensor indices, Tensor? bias, SymInt group_size) "
+      "-> Tensor");
+  m.def(
+      "fan_in_linear_grad_input(Tensor grad_output, Tensor weight, Tensor indices, SymInt "
+      "in_features, SymInt group_size) -> Tensor");
+  m.def(
+      "fan_in_linear_grad_weight(Tensor grad_output, Tensor input, Tensor indices, SymInt "
+      "group_size) -> Tensor");
+  m.def(
+      "fan_in_linear_update(Tensor grad_output, Tensor input, Tensor(a2!) weight, Tensor indices, "
+      "Tensor(a4!)? bias, Tensor(a5!)[] state, SymInt group_size, SymInt optimizer, float lr, "
+      "float weight_decay, float beta1, float beta2, float eps, SymInt step, bool "
+      "stochastic_rounding, SymInt seed) -> ()");
+  m.def(
+      "fan_in_loss(Tensor input, Tensor weight, Tensor indices, Tensor? bias, Tensor offsets, "
+      "Tensor labels, SymInt kind, SymInt reduction, SymInt group_size) -> Tensor");
+  m.def(
+      "fan_in_loss_grad(Tensor grad_loss, Tensor input, Tensor weight, Tensor indices, Tensor? "
+      "bias, Tensor offsets, Tensor labels, SymInt kind, SymInt reduction, SymInt group_size, bool "
+      "input_grad, bool weight_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fan_in_loss_step(Tensor grad_loss, Tensor input, Tensor(a2!) weight, Tensor indices, "
+      "Tensor(a4!)? bias, Tensor offsets, Tensor labels, Tensor(a7!)[] state, SymInt kind, SymInt "
+      "reduction, SymInt group_size, bool input_grad, SymInt optimizer, float lr, float "
+      "weight_decay, float beta1, float beta2, float eps, SymInt step, bool stochastic_rounding, "
+      "SymInt seed) -> (Tensor, Tensor)");
+  m.def(
+      "fan_in_topk(Tensor input, Tensor weight, Tensor indices, Tensor? bias, SymInt k, SymInt "
+      "group_size) -> (Tensor, Tensor)");
+  m.def(
+      "fan_in_score(Tensor input, Tensor weight, Tensor indices, Tensor? bias, Tensor candidates, "
+      "SymInt group_size) -> Tensor");
+  m.def(
+      "fan_in_score_grad_input(Tensor grad_output, Tensor weight, Tensor indices, Tensor "
+      "candidates, SymInt in_features, SymInt group_size) -> Tensor");
+  m.def(
+      "fan_in_score_grad_weight(Tensor grad_output, Tensor input, Tensor indices, Tensor "
+      "candidates, SymInt out_features, SymInt group_size) -> Tensor");
+  m.def(
+      "fan_in_rewire(Tensor(a0!) weight, Tensor(a1!) indices, Tensor(a2!)[] state, SymInt "
+      "in_features, SymInt group_size, SymInt criterion, SymInt scope, float amount, float "
+      "init_scale, bool allow_duplicates, SymInt seed) -> Tensor");
 }

@@ -158,10 +158,19 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
+// lane i of the result = base[indices[i]]
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m512i wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)indices));
+  return {_mm512_i32gather_ps(wide, base, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm512_i32gather_ps(_mm512_loadu_si512(indices), base, 4)};
+}
+
 // ---- kLanes x kLanes in registers (transposes, many sums at once)
 
 // rows[i] lane j becomes rows[j] lane i.
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+RS_INLINE void transpose(Vec* rows) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
@@ -185,7 +194,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 // Lane i is the sum of the lanes of a[i].
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   __m512 quad[4];  // lane 4 q + i of quad[j]: a quarter (q) of the sum of a[4 j + i]
   for (int j = 0; j < 4; ++j) {
     const Vec* p = a + 4 * j;
@@ -339,7 +348,15 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)indices));
+  return {_mm256_i32gather_ps(base, wide, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm256_i32gather_ps(base, _mm256_loadu_si256((const __m256i*)indices), 4)};
+}
+
+RS_INLINE void transpose(Vec* rows) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
     a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
@@ -356,7 +373,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
     rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
   }
 }
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   __m256 quad[2];
   for (int j = 0; j < 2; ++j) {
     const Vec* p = a + 4 * j;
@@ -501,7 +518,12 @@ RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
 }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+template <class Index>
+RS_INLINE Vec gather(const float* base, const Index* indices) {
+  return each_lane([&](int i) { return base[indices[i]]; });
+}
+
+RS_INLINE void transpose(Vec* rows) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < i; ++j) {
       const float upper = rows[j].v[i];
@@ -509,7 +531,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
       rows[i].v[j] = upper;
     }
 }
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   return each_lane([&](int i) { return sum_lanes(a[i]); });
 }
 
