@@ -7,7 +7,9 @@ from typing import Any
 
 ROUND_SECONDS = 1e-3  # a call shorter than this is timed several times a round
 MAX_REPEATS = 200
-HOPELESS = 10.0  # a call this many times slower than the fastest, on its first go, is not timed again
+# A call so many times slower than the fastest, and this long, is not timed again. A shorter one is: what
+# disturbed its first go may not come back.
+HOPELESS, HOPELESS_SECONDS = 10.0, 0.2
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
@@ -15,7 +17,8 @@ def interleaved(runs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
     for run in runs:
         run()
     firsts = [_timed(run, 1) for run in runs]
-    times = [[first] if first > HOPELESS * min(firsts) else [] for first in firsts]
+    limit = max(HOPELESS * min(firsts), HOPELESS_SECONDS)
+    times = [[first] if first > limit else [] for first in firsts]
     repeats = [max(1, min(MAX_REPEATS, round(ROUND_SECONDS / first))) for first in firsts]
     hopeless = [bool(own) for own in times]
     for _ in range(rounds):
