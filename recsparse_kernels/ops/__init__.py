@@ -1,8 +1,12 @@
 """Public functions: argument checks, autograd and fake functions, and the choice of a backend."""
 
 from .low_rank import low_rank_cross, low_rank_linear
-
-__all__ = [
-    "low_rank_cross",
-    "low_rank_linear",
-]
+from .sparse24 import (
+    sparse24_compress,
+    sparse24_decompress,
+    sparse24_from_torch,
+    sparse24_gather,
+    sparse24_linear,
+    sparse24_linear_ste,
+    sparse24_mask,
+)
