@@ -30,6 +30,11 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   // ---- masked_embedding ----
 
   // ---- low_rank ----
+  // `needs` of the gradient ops: bits 1 input (x), 2 down, 4 up, 8 mid_bias, 16 bias, 32 x0
+  m.def("low_rank_linear(Tensor input, Tensor down, Tensor up, Tensor? mid_bias, Tensor? bias, SymInt mid_activation, SymInt activation, bool keep_mid) -> (Tensor, Tensor)");
+  m.def("low_rank_linear_grad(Tensor grad_output, Tensor input, Tensor down, Tensor up, Tensor mid, Tensor? bias, Tensor? output, SymInt mid_activation, SymInt activation, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("low_rank_cross(Tensor x0, Tensor x, Tensor down, Tensor up, Tensor? bias, bool keep_mid) -> (Tensor, Tensor)");
+  m.def("low_rank_cross_grad(Tensor grad_output, Tensor x0, Tensor x, Tensor down, Tensor up, Tensor mid, Tensor? bias, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // ---- fan_in ----
 }

@@ -158,30 +158,30 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
-// ---- kLanes x kLanes in registers (transposes, many sums at once)
-
-// rows[i] lane j becomes rows[j] lane i.
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
-  __m512 a[16], b[16];
+// Rows of a kLanes x kLanes block become its columns.
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
+  __m512 pair[16], quad[16];
   for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
-    a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    pair[i] = _mm512_unpacklo_ps(block[i].v, block[i + 1].v);
+    pair[i + 1] = _mm512_unpackhi_ps(block[i].v, block[i + 1].v);
   }
-  for (int i = 0; i < 16; i += 4) {  // b[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i .. i + 3
-    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pair[i + j]), b = _mm512_castps_pd(pair[i + 2 + j]);
+      quad[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      quad[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
   }
-  for (int j = 0; j < 4; ++j) {
-    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xee);
-    rows[j].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    rows[4 + j].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    rows[8 + j].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    rows[12 + j].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  for (int i = 0; i < 4;
+       ++i) {  // quad[4 r + i]: rows 4 r..4 r + 3 of columns i, 4 + i, 8 + i, 12 + i
+    const __m512 low02 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0x88);
+    const __m512 low13 = _mm512_shuffle_f32x4(quad[i], quad[4 + i], 0xdd);
+    const __m512 high02 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0x88);
+    const __m512 high13 = _mm512_shuffle_f32x4(quad[8 + i], quad[12 + i], 0xdd);
+    block[i].v = _mm512_shuffle_f32x4(low02, high02, 0x88);
+    block[8 + i].v = _mm512_shuffle_f32x4(low02, high02, 0xdd);
+    block[4 + i].v = _mm512_shuffle_f32x4(low13, high13, 0x88);
+    block[12 + i].v = _mm512_shuffle_f32x4(low13, high13, 0xdd);
   }
 }
 // Lane i is the sum of the lanes of a[i].
@@ -339,21 +339,22 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
-  __m256 a[8], b[8];
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
+  __m256 pair[8], quad[8];
   for (int i = 0; i < 8; i += 2) {
-    a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
-    a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    pair[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
+    pair[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
   }
   for (int i = 0; i < 8; i += 4) {
-    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
-    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
-    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
-    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    for (int j = 0; j < 2; ++j) {
+      const __m256d a = _mm256_castps_pd(pair[i + j]), b = _mm256_castps_pd(pair[i + 2 + j]);
+      quad[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+      quad[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+    }
   }
-  for (int j = 0; j < 4; ++j) {
-    rows[j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
-    rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
+  for (int i = 0; i < 4; ++i) {
+    block[i].v = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x20);
+    block[4 + i].v = _mm256_permute2f128_ps(quad[i], quad[4 + i], 0x31);
   }
 }
 RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
@@ -501,12 +502,12 @@ RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
 }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+RS_INLINE void transpose(Vec (&block)[kLanes]) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < i; ++j) {
-      const float upper = rows[j].v[i];
-      rows[j].v[i] = rows[i].v[j];
-      rows[i].v[j] = upper;
+      const float t = block[i].v[j];
+      block[i].v[j] = block[j].v[i];
+      block[j].v[i] = t;
     }
 }
 RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {

@@ -1,5 +1,6 @@
 """Public functions: argument checks, autograd and fake functions, and the choice of a backend."""
 
+from .low_rank import low_rank_cross, low_rank_linear
 from .sparse24 import (
     sparse24_compress,
     sparse24_decompress,
@@ -11,6 +12,8 @@ from .sparse24 import (
 )
 
 __all__ = [
+    "low_rank_cross",
+    "low_rank_linear",
     "sparse24_compress",
     "sparse24_decompress",
     "sparse24_from_torch",
