@@ -149,6 +149,9 @@ class Sparse24Linear(PackedModule):
         ones = torch.ones_like(self.values)
         return ops.sparse24_decompress(ones, self.metadata, self.in_features) != 0
 
+    def pack_state(self, name: str, dense: Tensor) -> Tensor | None:
+        return ops.sparse24_gather(dense, self.metadata) if name == "values" else None
+
     def dense_weight(self) -> Tensor:
         return ops.sparse24_decompress(self.values, self.metadata, self.in_features)
 
@@ -174,7 +177,9 @@ class Sparse24Linear(PackedModule):
             self.bias.copy_(dense.bias)
 
     def extra_repr(self) -> str:
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
         activation = f", activation={self.activation!r}" if self.activation else ""
         return f"{text}{activation}, sparsity=2:4"
 
@@ -215,7 +220,12 @@ class Sparse24LinearSTE(nn.Linear):
         if refresh not in ("manual", "forward"):
             raise ValueError(f"refresh must be 'manual' or 'forward'; got {refresh!r}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.activation, self.transposable, self.decay, self.refresh = activation, transposable, decay, refresh
+        self.activation, self.transposable, self.decay, self.refresh = (
+            activation,
+            transposable,
+            decay,
+            refresh,
+        )
         self.register_buffer("mask", torch.empty_like(self.weight, dtype=torch.bool, requires_grad=False))
         if self.weight.device.type != "meta":
             self.update_mask()
@@ -283,11 +293,13 @@ class Sparse24LinearSTE(nn.Linear):
 
     def extra_repr(self) -> str:
         activation = f", activation={self.activation!r}" if self.activation else ""
-        return f"{super().extra_repr()}{activation}, sparsity=2:4, refresh={self.refresh!r}, decay={self.decay}"
+        return (
+            f"{super().extra_repr()}{activation}, sparsity=2:4, refresh={self.refresh!r}, decay={self.decay}"
+        )
 
 
 class SemiSparseLinear(Sparse24LinearSTE):
-    """`Sparse24LinearSTE` under torchao's name and with its habits: transposable masks, chosen in every forward."""
+    """`Sparse24LinearSTE` with torchao's name and habits: transposable masks, new in every forward."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options):
         options = {"transposable": True, "refresh": "forward", **options}
@@ -306,12 +318,14 @@ def swap_linear_with_semi_sparse_linear(model: nn.Module, config: dict[str, type
     modules = dict(model.named_modules())
     for name in config:
         if not isinstance(modules.get(name), nn.Linear):
-            raise ValueError(f"{name!r} is not a torch.nn.Linear of the model; got {type(modules.get(name)).__name__}")
+            raise ValueError(
+                f"{name!r} is not a torch.nn.Linear of the model; got {type(modules.get(name)).__name__}"
+            )
     _replace(model, {name: cls.from_dense(modules[name]) for name, cls in config.items()})
 
 
 def swap_semi_sparse_linear_with_linear(model: nn.Module) -> None:
-    """Replace every 2:4 layer by a dense one with the same weight, in place (torchao's function of this name)."""
+    """Replace every 2:4 layer by a dense one, in place (torchao's function of this name)."""
     packed = (Sparse24Linear, Sparse24LinearSTE)
     _replace(model, {n: m.to_dense() for n, m in model.named_modules() if isinstance(m, packed)})
 
