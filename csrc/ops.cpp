@@ -11,6 +11,21 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   m.def("set_cpu_level(int level) -> ()");
 
   // ---- sparse24 ----
+  m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");
+  m.def("sparse24_compress(Tensor weight, Tensor mask) -> (Tensor, Tensor)");
+  m.def("sparse24_gather(Tensor dense, Tensor metadata) -> Tensor");
+  m.def("sparse24_decompress(Tensor values, Tensor metadata, SymInt in_features) -> Tensor");
+  m.def(
+      "sparse24_linear(Tensor input, Tensor values, Tensor metadata, Tensor? bias, SymInt activation, "
+      "bool keep_sum) -> (Tensor, Tensor)");
+  m.def(
+      "sparse24_linear_ste(Tensor input, Tensor weight, Tensor values, Tensor metadata, Tensor? bias, "
+      "SymInt activation, bool keep_sum, float decay) -> (Tensor, Tensor)");
+  m.def(
+      "sparse24_linear_grad_input(Tensor grad_sum, Tensor values, Tensor metadata, SymInt in_features) "
+      "-> Tensor");
+  m.def(
+      "sparse24_linear_grad_values(Tensor grad_sum, Tensor input, Tensor metadata) -> Tensor");
 
   // ---- masked_embedding ----
 

@@ -1,0 +1,47 @@
+"""The newest figures of bench/results as one Markdown table: `python -m bench.summary [FILE]`."""
+
+import json
+import sys
+from pathlib import Path
+
+from .harness import RESULTS
+
+
+def newest(path: Path) -> dict[tuple, dict[str, dict]]:
+    """(op, passes, shape, dtype) -> backend -> line; a later line of the file replaces an earlier one."""
+    cases: dict[tuple, dict[str, dict]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        cases.setdefault((line["op"], line["passes"], line["shape"], line["dtype"]), {})[line["backend"]] = (
+            line
+        )
+    return cases
+
+
+def table(path: Path) -> str:
+    """Rows: op, passes, shape, dtype, ours against dense (with the spread of ours), best other candidate."""
+    rows = ["| op | passes | shape | dtype | ours / dense | spread | best peer / dense |", "|" + " --- |" * 7]
+    for (op, passes, shape, dtype), lines in newest(path).items():
+        ours = [line for name, line in lines.items() if name.startswith("ours")]
+        if not ours:
+            continue
+        best = max(ours, key=lambda line: line["speedup_over_dense"])
+        scale = best["speedup_over_dense"] * best["p50_ms"]
+        spread = f"{scale / best['p80_ms']:.2f}-{scale / best['p20_ms']:.2f}"
+        peers = [
+            line
+            for name, line in lines.items()
+            if not name.startswith("ours") and abs(line["speedup_over_dense"] - 1) > 1e-9
+        ]
+        peer = max(peers, key=lambda line: line["speedup_over_dense"], default=None)
+        peer_text = f"{peer['speedup_over_dense']:.2f}x {peer['backend']}" if peer else ""
+        name = "" if best["backend"] == "ours" else f" ({best['backend']})"
+        speedup = f"{best['speedup_over_dense']:.2f}x{name}"
+        rows.append(f"| {op} | {passes} | {shape} | {dtype} | {speedup} | {spread} | {peer_text} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    paths = [Path(argument) for argument in sys.argv[1:]] or sorted(RESULTS.glob("*.jsonl"))
+    for path in paths:
+        print(f"{path.stem}\n\n{table(path)}\n")
