@@ -35,6 +35,14 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   m.def("low_rank_linear_grad(Tensor grad_output, Tensor input, Tensor down, Tensor up, Tensor mid, Tensor? bias, Tensor? output, SymInt mid_activation, SymInt activation, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("low_rank_cross(Tensor x0, Tensor x, Tensor down, Tensor up, Tensor? bias, bool keep_mid) -> (Tensor, Tensor)");
   m.def("low_rank_cross_grad(Tensor grad_output, Tensor x0, Tensor x, Tensor down, Tensor up, Tensor mid, Tensor? bias, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("low_rank_embedding_bag(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq, bool sparse, bool keep_pooled) -> (Tensor, Tensor)");
+  m.def("low_rank_embedding_bag_grad(Tensor grad_output, Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, Tensor pooled, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool needs_sample_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("low_rank_embedding_bag_max(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor offsets, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor)");
+  m.def("low_rank_embedding_bag_max_grad(Tensor grad_output, Tensor table, Tensor up, Tensor indices, Tensor positions, bool needs_mean) -> (Tensor, Tensor, Tensor)");
+  m.def("low_rank_rows_grad(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> Tensor");
+  m.def("low_rank_rows_grad_sparse(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor, Tensor)");
+  m.def("low_rank_fields(Tensor table, Tensor starts, Tensor projections, Tensor? bias, Tensor indices, bool with_output, bool with_interaction, bool sparse) -> (Tensor, Tensor, Tensor)");
+  m.def("low_rank_fields_grad(Tensor? grad_mid, Tensor? grad_output, Tensor? grad_interaction, Tensor mid, Tensor projections, Tensor? bias) -> (Tensor, Tensor, Tensor)");
 
   // ---- fan_in ----
   m.def(

@@ -12,6 +12,7 @@ from .fan_in import (
     fan_in_topk,
 )
 from .low_rank import low_rank_cross, low_rank_linear
+from .low_rank_embedding import low_rank_embedding, low_rank_embedding_bag, low_rank_fields
 from .sparse24 import (
     sparse24_compress,
     sparse24_decompress,
