@@ -156,6 +156,16 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
+// Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
+// compressing straight from or to memory is microcoded on Zen 4.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
+}
+
 #elif defined(RS_ISA_AVX2)
 
 constexpr int kLanes = 8;
@@ -256,6 +266,42 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
+// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not set),
+// `compress` gives lane j the position of the j-th set bit.
+struct LanePermutations {
+  uint8_t expand[256][8];
+  uint8_t compress[256][8];
+};
+constexpr LanePermutations make_lane_permutations() {
+  LanePermutations t = {};
+  for (int bits = 0; bits < 256; ++bits) {
+    int kept = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      t.expand[bits][lane] = 0x80;
+      if (bits >> lane & 1) {
+        t.expand[bits][lane] = uint8_t(kept);
+        t.compress[bits][kept++] = uint8_t(lane);
+      }
+    }
+  }
+  return t;
+}
+alignas(64) static constexpr LanePermutations kLanePermutations = make_lane_permutations();
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  const __m256i source =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.expand[bits]));
+  const __m256 dropped = _mm256_castsi256_ps(_mm256_srai_epi32(source, 31));
+  return {_mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(packed.v, source))};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  const __m256i source =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.compress[bits]));
+  return {_mm256_permutevar8x32_ps(a.v, source)};
+}
+
 #else  // portable: the explanation of the two above, and what runs everywhere else
 
 constexpr int kLanes = 8;
@@ -339,6 +385,20 @@ RS_INLINE void store(T* p, Vec a) {
 template <class T>
 RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  int next = 0;
+  return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  Vec out = zero();
+  int next = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (bits >> i & 1) out.v[next++] = a.v[i];
+  return out;
 }
 
 #endif
