@@ -248,6 +248,16 @@ RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   high.v = expand_half(kept, positions, 8);
 }
 
+// Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
+// compressing straight from or to memory is microcoded on Zen 4.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
+}
+
 #elif defined(RS_ISA_AVX2)
 
 constexpr int kLanes = 8;
@@ -419,6 +429,42 @@ RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   high.v = expand_half(kept, positions, 4);
 }
 
+// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not set),
+// `compress` gives lane j the position of the j-th set bit.
+struct LanePermutations {
+  uint8_t expand[256][8];
+  uint8_t compress[256][8];
+};
+constexpr LanePermutations make_lane_permutations() {
+  LanePermutations t = {};
+  for (int bits = 0; bits < 256; ++bits) {
+    int kept = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      t.expand[bits][lane] = 0x80;
+      if (bits >> lane & 1) {
+        t.expand[bits][lane] = uint8_t(kept);
+        t.compress[bits][kept++] = uint8_t(lane);
+      }
+    }
+  }
+  return t;
+}
+alignas(64) static constexpr LanePermutations kLanePermutations = make_lane_permutations();
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  const __m256i source =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.expand[bits]));
+  const __m256 dropped = _mm256_castsi256_ps(_mm256_srai_epi32(source, 31));
+  return {_mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(packed.v, source))};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  const __m256i source =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.compress[bits]));
+  return {_mm256_permutevar8x32_ps(a.v, source)};
+}
+
 #else  // portable: the explanation of the two above, and what runs everywhere else
 
 constexpr int kLanes = 8;
@@ -553,6 +599,20 @@ RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   low = high = zero();
   for (int i = 0; i < kLanes; ++i)
     (columns.v[i] < kLanes ? low : high).v[columns.v[i] % kLanes] = kept.v[i];
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  int next = 0;
+  return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  Vec out = zero();
+  int next = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (bits >> i & 1) out.v[next++] = a.v[i];
+  return out;
 }
 
 #endif
