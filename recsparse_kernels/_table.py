@@ -43,6 +43,10 @@ class Table:
             table.add_row(*(Text(cell) for cell in row))
         return Group(table, *(Text(note) for note in self.notes))
 
+    def show(self) -> None:
+        """Print, by rich where it is installed."""
+        show(self)
+
 
 def show(*tables: Table) -> None:
     """Print, by rich where it is installed and the output is a terminal or notebook."""

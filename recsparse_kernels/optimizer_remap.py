@@ -89,10 +89,11 @@ def remap_optimizer(optimizer: torch.optim.Optimizer, report: SwapReport) -> Rem
         if old and not held:
             result.left.append(replacement.name)
             continue
-        own = {id(p) for p in replacement.module.parameters()}
+        parameters = dict(replacement.module.named_parameters())
+        own = {id(p) for p in parameters.values()}
         gone.update(id(p) for p in held.values() if id(p) not in own)
         for name, role in replacement.stems.items():
-            parameter = replacement.module.get_parameter(name)
+            parameter = parameters[name]
             source = held.get(role)
             if source is None or id(parameter) in placed:
                 continue  # frozen before; or tied and placed already
@@ -115,7 +116,7 @@ def _move_state(
     parameter: nn.Parameter,
 ) -> tuple[dict[str, Any] | None, Remapped]:
     full_name = f"{replacement.name}.{name}"
-    old = optimizer.state.get(source, {})
+    old, role = optimizer.state.get(source, {}), replacement.stems[name]
     if not old:
         return None, Remapped(full_name, group, "none", "the optimizer had none")
     new = {}
@@ -125,7 +126,7 @@ def _move_state(
             continue
         mapped = None
         if value.shape == source.shape:
-            same = parameter.shape == source.shape and replacement.stems[name] == name
+            same = role == "bias" and parameter.shape == source.shape
             mapped = value.clone() if same else replacement.carry(name, value)
         if mapped is None:
             fresh = _fresh_state(optimizer, group, parameter, old)
@@ -205,7 +206,7 @@ def unpack_state(packed: PackedModule, origin: Origin | None, name: str, value: 
         if own.shape != value.shape or own_name == "bias":
             continue
         copy = shallow_copy(packed)
-        copy._parameters[own_name] = nn.Parameter(value.to(own.dtype), False)
+        copy._parameters[own_name] = nn.Parameter(value, False)
         dense = copy.to_dense()
         if packed.pack_state(own_name, dense.weight) is None:
             return None

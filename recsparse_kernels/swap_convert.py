@@ -117,8 +117,9 @@ def _carry_over(site: Site, restoring: bool) -> None:
     if parameters and any(p.device != parameters[0].device for p in new.parameters()):
         new.to(parameters[0].device)
     roles = parameter_roles(old)
+    own = dict(new.named_parameters())  # not by attribute: a packed layer's `.weight` is the dense view
     for name, role in stems_of(site).items():
-        new.get_parameter(name).requires_grad_(roles[role].requires_grad)
+        own[name].requires_grad_(roles[role].requires_grad)
     _hand_over_hooks(old, new)
     if not restoring and isinstance(new, PackedModule) and origin_of(new) is None:
         adapter = find_adapter(old)

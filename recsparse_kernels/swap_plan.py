@@ -100,7 +100,7 @@ class Plan:
     def _judge_by_callable(self, site: Site, adapter) -> str:
         module = site.module
         candidate = adapter is not None or dense_type_of(module) is not None
-        reason = self._filtered(site) or (_unfit(site, adapter) if candidate and not self.restoring else "")
+        reason = self._filtered(site) or (_unfit(site, adapter, any_tensor=True) if candidate and not self.restoring else "")
         if not reason and self.min_numel is not None and candidate:
             reason = self._too_small(module)
         if reason:
@@ -198,8 +198,11 @@ def _matches(key: str | type, site: Site, dense_type: type | None) -> bool:
 # Fit for replacement: the layer must compute what its class computes, from plain tensors.
 
 
-def _unfit(site: Site, adapter) -> str:
-    """Why a layer cannot be replaced without changing what the model computes; "" when it can."""
+def _unfit(site: Site, adapter, any_tensor: bool = False) -> str:
+    """Why a layer cannot be replaced without changing what the model computes; "" when it can.
+
+    ``any_tensor``: the weight may be a tensor subclass, for a rule that knows what to do with it.
+    """
     module = site.module
     if isinstance(module, torch.jit.ScriptModule):
         return "is a ScriptModule: swap before scripting"
@@ -219,7 +222,7 @@ def _unfit(site: Site, adapter) -> str:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
             return f"{name} has no shape yet: run the model once first"
-        if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        if not any_tensor and (type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor):
             return f"{name} is a {type(parameter.data).__name__}, not a plain tensor"
         if not parameter.is_floating_point():
             return f"{name} has dtype {parameter.dtype}"

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "../check.h"
 #include "types.h"
@@ -58,6 +59,7 @@ class Scratch {
     if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }
+  Scratch(Scratch&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() { return data_; }

@@ -94,6 +94,44 @@ RS_INLINE void gemm(const float* a, int64_t a_row, int64_t a_step, int64_t rows,
   }
 }
 
+// ---- rows by vectors --------------------------------------------------------------------------
+
+// f(column, number of lanes) over [0, n) by vectors; the last may be partial.
+template <class F>
+RS_INLINE void for_each_vec(int64_t n, F f) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) f(c, int64_t(kLanes));
+  if (c < n) f(c, n - c);
+}
+template <class T>
+RS_INLINE Vec load_lanes(const T* p, int64_t lanes) {
+  return lanes == kLanes ? load(p) : load_first(p, lanes);
+}
+template <class T>
+RS_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
+  if (lanes == kLanes)
+    store(p, v);
+  else
+    store_first(p, v, lanes);
+}
+
+// A block of rows as float32: the rows themselves, or widened into the buffer.
+RS_INLINE const float* as_float(const float* rows, int64_t row, int64_t, int64_t, float*, int64_t,
+                                int64_t* out_row) {
+  *out_row = row;
+  return rows;
+}
+template <class T>
+RS_INLINE const float* as_float(const T* rows, int64_t row, int64_t count, int64_t n, float* buffer,
+                                int64_t buffer_row, int64_t* out_row) {
+  for (int64_t i = 0; i < count; ++i)
+    for_each_vec(n, [&](int64_t c, int64_t lanes) {
+      store_lanes(buffer + i * buffer_row + c, load_lanes(rows + i * row + c, lanes), lanes);
+    });
+  *out_row = buffer_row;
+  return buffer;
+}
+
 // ---- packing ----------------------------------------------------------------------------------
 
 // b[k, n] = source[k * row + n] for k in [0, depth), n in [0, columns): one panel of at most kPanel

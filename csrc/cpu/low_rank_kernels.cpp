@@ -19,42 +19,6 @@ constexpr int64_t kRowBlock = 48;
 // Columns finished at a time: a [48, 4 panels] block of sums is 24 KiB.
 constexpr int64_t kColumnBlock = 4 * kPanel;
 
-// f(column, number of lanes) over [0, n) by vectors; the last may be partial.
-template <class F>
-RS_INLINE void for_each_vec(int64_t n, F f) {
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) f(c, int64_t(kLanes));
-  if (c < n) f(c, n - c);
-}
-template <class T>
-RS_INLINE Vec load_lanes(const T* p, int64_t lanes) {
-  return lanes == kLanes ? load(p) : load_first(p, lanes);
-}
-template <class T>
-RS_INLINE void store_lanes(T* p, Vec v, int64_t lanes) {
-  if (lanes == kLanes)
-    store(p, v);
-  else
-    store_first(p, v, lanes);
-}
-
-// A block of rows as float32: the rows themselves, or widened into the buffer.
-RS_INLINE const float* as_float(const float* rows, int64_t row, int64_t, int64_t, float*,
-                                int64_t* out_row) {
-  *out_row = row;
-  return rows;
-}
-template <class T>
-RS_INLINE const float* as_float(const T* rows, int64_t row, int64_t count, int64_t n, float* buffer,
-                                int64_t* out_row) {
-  for (int64_t i = 0; i < count; ++i)
-    for_each_vec(n, [&](int64_t c, int64_t lanes) {
-      store_lanes(buffer + i * kDepthBlock + c, load_lanes(rows + i * row + c, lanes), lanes);
-    });
-  *out_row = kDepthBlock;
-  return buffer;
-}
-
 // act_mid in place on sums [rows, padded R] of ranks [first, last); mid keeps what was before it.
 template <class T>
 static void finish_mid(const LowRankForward<T>& p, int64_t begin, int64_t rows, int64_t first,
@@ -111,8 +75,8 @@ void forward_rows(const LowRankForward<T>& p, int64_t begin, int64_t end, float*
     for (int64_t k = 0; k < p.in_features; k += kDepthBlock) {
       const int64_t depth = min_of(p.in_features - k, kDepthBlock);
       int64_t a_row;
-      const float* a =
-          as_float(p.input + begin * p.in_features + k, p.in_features, rows, depth, wide, &a_row);
+      const float* a = as_float(p.input + begin * p.in_features + k, p.in_features, rows, depth,
+                                wide, kDepthBlock, &a_row);
       gemm(a, a_row, 1, rows, p.down_panels + k * kPanel, p.in_features * kPanel, p.rank, depth,
            mid, mid_row, k > 0);
     }
@@ -216,7 +180,7 @@ void backward_rows(const LowRankBackward<T>& p, int64_t begin, int64_t end, floa
       const float* a = grads;
       if (direct) {
         a = as_float(p.grad_output + begin * p.out_features + n, p.out_features, rows, depth, grads,
-                     &a_row);
+                     kDepthBlock, &a_row);
       } else {
         if (p.up_panels_again)
           gemm(mid_active, mid_row, 1, rows, p.up_panels_again + n * p.rank, p.rank * kPanel, depth,

@@ -158,10 +158,19 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), to_f16_bits(a));
 }
 
+// lane i of the result = base[indices[i]]
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m512i wide = _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)indices));
+  return {_mm512_i32gather_ps(wide, base, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm512_i32gather_ps(_mm512_loadu_si512(indices), base, 4)};
+}
+
 // ---- kLanes x kLanes in registers (transposes, many sums at once)
 
 // rows[i] lane j becomes rows[j] lane i.
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+RS_INLINE void transpose(Vec* rows) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
@@ -185,7 +194,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 // Lane i is the sum of the lanes of a[i].
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   __m512 quad[4];  // lane 4 q + i of quad[j]: a quarter (q) of the sum of a[4 j + i]
   for (int j = 0; j < 4; ++j) {
     const Vec* p = a + 4 * j;
@@ -237,6 +246,16 @@ RS_INLINE __m512 expand_half(Vec kept, uint32_t positions, int first_kept) {
 RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   low.v = expand_half(kept, positions, 0);
   high.v = expand_half(kept, positions, 8);
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
+// compressing straight from or to memory is microcoded on Zen 4.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
 }
 
 #elif defined(RS_ISA_AVX2)
@@ -339,7 +358,15 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+RS_INLINE Vec gather(const float* base, const int16_t* indices) {
+  const __m256i wide = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)indices));
+  return {_mm256_i32gather_ps(base, wide, 4)};
+}
+RS_INLINE Vec gather(const float* base, const int32_t* indices) {
+  return {_mm256_i32gather_ps(base, _mm256_loadu_si256((const __m256i*)indices), 4)};
+}
+
+RS_INLINE void transpose(Vec* rows) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
     a[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
@@ -356,7 +383,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
     rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
   }
 }
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   __m256 quad[2];
   for (int j = 0; j < 2; ++j) {
     const Vec* p = a + 4 * j;
@@ -400,6 +427,42 @@ RS_INLINE __m256 expand_half(Vec kept, uint32_t positions, int first_kept) {
 RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   low.v = expand_half(kept, positions, 0);
   high.v = expand_half(kept, positions, 4);
+}
+
+// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not set),
+// `compress` gives lane j the position of the j-th set bit.
+struct LanePermutations {
+  uint8_t expand[256][8];
+  uint8_t compress[256][8];
+};
+constexpr LanePermutations make_lane_permutations() {
+  LanePermutations t = {};
+  for (int bits = 0; bits < 256; ++bits) {
+    int kept = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      t.expand[bits][lane] = 0x80;
+      if (bits >> lane & 1) {
+        t.expand[bits][lane] = uint8_t(kept);
+        t.compress[bits][kept++] = uint8_t(lane);
+      }
+    }
+  }
+  return t;
+}
+alignas(64) static constexpr LanePermutations kLanePermutations = make_lane_permutations();
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  const __m256i source =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.expand[bits]));
+  const __m256 dropped = _mm256_castsi256_ps(_mm256_srai_epi32(source, 31));
+  return {_mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(packed.v, source))};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  const __m256i source =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.compress[bits]));
+  return {_mm256_permutevar8x32_ps(a.v, source)};
 }
 
 #else  // portable: the explanation of the two above, and what runs everywhere else
@@ -501,7 +564,12 @@ RS_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(a.v[i]);
 }
 
-RS_INLINE void transpose(Vec (&rows)[kLanes]) {
+template <class Index>
+RS_INLINE Vec gather(const float* base, const Index* indices) {
+  return each_lane([&](int i) { return base[indices[i]]; });
+}
+
+RS_INLINE void transpose(Vec* rows) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < i; ++j) {
       const float upper = rows[j].v[i];
@@ -509,7 +577,7 @@ RS_INLINE void transpose(Vec (&rows)[kLanes]) {
       rows[i].v[j] = upper;
     }
 }
-RS_INLINE Vec sum_each(const Vec (&a)[kLanes]) {
+RS_INLINE Vec sum_each(const Vec* a) {
   return each_lane([&](int i) { return sum_lanes(a[i]); });
 }
 
@@ -531,6 +599,20 @@ RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
   low = high = zero();
   for (int i = 0; i < kLanes; ++i)
     (columns.v[i] < kLanes ? low : high).v[columns.v[i] % kLanes] = kept.v[i];
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  int next = 0;
+  return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  Vec out = zero();
+  int next = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (bits >> i & 1) out.v[next++] = a.v[i];
+  return out;
 }
 
 #endif

@@ -1,6 +1,18 @@
 """Public functions: argument checks, autograd and fake functions, and the choice of a backend."""
 
+from .fan_in import (
+    FanInUpdate,
+    fan_in_linear,
+    fan_in_linear_update,
+    fan_in_linear_updating,
+    fan_in_loss,
+    fan_in_loss_step,
+    fan_in_rewire,
+    fan_in_score,
+    fan_in_topk,
+)
 from .low_rank import low_rank_cross, low_rank_linear
+from .low_rank_embedding import low_rank_embedding, low_rank_embedding_bag, low_rank_fields
 from .sparse24 import (
     sparse24_compress,
     sparse24_decompress,

@@ -55,7 +55,9 @@ def sparse24_mask(weight: Tensor, transposable: bool) -> Tensor:
     every = patterns().to(weight.device)
     for n, pattern in enumerate(every):
         row = [PAIRS.index(tuple(r.nonzero().flatten().tolist())) for r in pattern]
-        score = (pairs[..., 0, row[0]] + pairs[..., 1, row[1]]) + (pairs[..., 2, row[2]] + pairs[..., 3, row[3]])
+        score = (pairs[..., 0, row[0]] + pairs[..., 1, row[1]]) + (
+            pairs[..., 2, row[2]] + pairs[..., 3, row[3]]
+        )
         better = score > best
         best = torch.where(better, score, best)
         chosen = torch.where(better, n, chosen)
@@ -128,7 +130,9 @@ def sparse24_linear_ste(
     return sparse24_linear(input, values, metadata, bias, activation, keep_sum)
 
 
-def sparse24_linear_grad_input(grad_sum: Tensor, values: Tensor, metadata: Tensor, in_features: int) -> Tensor:
+def sparse24_linear_grad_input(
+    grad_sum: Tensor, values: Tensor, metadata: Tensor, in_features: int
+) -> Tensor:
     return grad_sum @ sparse24_decompress(values, metadata, in_features)
 
 
