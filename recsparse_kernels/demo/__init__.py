@@ -98,6 +98,8 @@ def _run(args: argparse.Namespace, sources: list) -> None:
     with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
 
         def progress(what: str, steps: int):
+            for early in bars.tasks:  # stopped before its last step
+                bars.update(early.id, total=early.completed)
             task = bars.add_task(what, total=steps)
             return lambda count: bars.advance(task, count)
 
