@@ -95,9 +95,12 @@ def _run(args: argparse.Namespace, sources: list) -> None:
         rich.progress.TimeRemainingColumn(),
     )  # fmt: skip
     sections = []
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+    terminal = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bars:
 
         def progress(what: str, steps: int):
+            if not terminal.is_terminal:  # a log file gets a line instead of a bar
+                print(f"{time.perf_counter() - started:6.0f} s  {what}", file=sys.stderr, flush=True)
             for early in bars.tasks:  # stopped before its last step
                 bars.update(early.id, total=early.completed)
             task = bars.add_task(what, total=steps)
