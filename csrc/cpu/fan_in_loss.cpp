@@ -154,7 +154,7 @@ double loss_pass(const FanInPlan& plan, const Tensor& input, const Tensor& weigh
                  const Positives& positives, const LossTask& task, const LossOutputs<T>& out) {
   const auto& kernels = fan_in_kernels<T>();
   const FanInSizes& size = plan.size;
-  const bool weight_grad = out.grad_weight || out.update;
+  const bool weight_grad = out.grad_weight || out.grad_bias || out.update;
   const bool gradients = weight_grad || out.partial;
   Scratch<float> panels = pack_panels<T>(plan, input);
   std::vector<double> loss(size_t(task.slabs), 0.0);

@@ -1,5 +1,7 @@
 """Drop-in layers."""
 
+from .fan_in import FixedFanInLinear
+from .fan_in_head import FanInHead, label_order
 from .sparse24 import (
     SemiSparseLinear,
     Sparse24Linear,
@@ -7,11 +9,3 @@ from .sparse24 import (
     swap_linear_with_semi_sparse_linear,
     swap_semi_sparse_linear_with_linear,
 )
-
-__all__ = [
-    "SemiSparseLinear",
-    "Sparse24Linear",
-    "Sparse24LinearSTE",
-    "swap_linear_with_semi_sparse_linear",
-    "swap_semi_sparse_linear_with_linear",
-]

@@ -4,7 +4,6 @@ from .fan_in import (
     FanInUpdate,
     fan_in_linear,
     fan_in_linear_update,
-    fan_in_linear_updating,
     fan_in_loss,
     fan_in_loss_step,
     fan_in_rewire,

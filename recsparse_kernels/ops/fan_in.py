@@ -59,7 +59,11 @@ class FanInUpdate:
 
     def __post_init__(self):
         _choice("kind", self.kind, OPTIMIZERS)
-        for name, value in (("momentum", self.momentum), ("betas[0]", self.betas[0]), ("betas[1]", self.betas[1])):
+        for name, value in (
+            ("momentum", self.momentum),
+            ("betas[0]", self.betas[0]),
+            ("betas[1]", self.betas[1]),
+        ):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{name} must be in [0, 1); got {value}")
         for name in ("lr", "weight_decay", "eps"):
@@ -91,7 +95,9 @@ class FanInUpdate:
         parameters = [weight] if bias is None else [weight, bias]
         for name, parameter in zip(("weight", "bias"), parameters, strict=False):
             if not parameter.is_contiguous():
-                raise ValueError(f"{name} is updated in place and must be contiguous; got strides {parameter.stride()}")
+                raise ValueError(
+                    f"{name} is updated in place and must be contiguous; got strides {parameter.stride()}"
+                )
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         if not self.state:
             self.state = [torch.zeros_like(p, dtype=wide) for p in parameters for _ in range(self.moments)]
@@ -119,6 +125,7 @@ def fan_in_linear(
     bias: Tensor | None = None,
     *,
     group_size: int = 1,
+    update: FanInUpdate | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Linear map in which each output reads ``F`` chosen inputs.
@@ -130,6 +137,7 @@ def fan_in_linear(
             labels, in ``[0, I)``. Repeated columns in a row add up.
         bias: ``[O]`` or None.
         group_size: G, how many successive labels share a row of ``indices``.
+        update: steps weight and bias inside the backward pass (`fan_in_linear_update`); they get no ``.grad``.
         backend: "native" or "reference"; None takes the fastest that is available.
 
     Returns:
@@ -149,9 +157,15 @@ def fan_in_linear(
     if input.dim() == 0:
         raise ValueError(f"input must have shape [..., I]; got {shape(input)}")
     _check_layer(weight, indices, bias, group_size)
-    check_like("input", input, "weight", weight) if not _autocast(input) else None
     rows = input.reshape(-1, input.shape[-1]) if input.dim() != 2 else input
-    output = LINEAR(rows, weight, indices, bias, group_size, backend=backend)
+    if update is None:
+        _check_input(input, weight)
+        output = LINEAR(rows, weight, indices, bias, group_size, backend=backend)
+    else:
+        update._prepare(weight, bias)
+        output = _UpdatingLinear.apply(
+            rows.to(weight.dtype), weight, indices, bias, group_size, update, backend
+        )
     return output if input.dim() == 2 else output.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -196,7 +210,7 @@ def fan_in_loss(
     _check_positives(offsets, labels, input)
     codes = (_choice("kind", kind, LOSSES), _choice("reduction", reduction, REDUCTIONS), group_size)
     if update is None:
-        check_like("input", input, "weight", weight) if not _autocast(input) else None
+        _check_input(input, weight)
         return LOSS(input, weight, indices, bias, offsets, labels, *codes, backend=backend)
     update._prepare(weight, bias)
     return _UpdatingLoss.apply(
@@ -271,26 +285,17 @@ def fan_in_linear_update(
     update._prepare(weight, bias)
     with torch.no_grad():
         LINEAR_UPDATE(
-            grad_output, input, weight, indices, bias, update.state, group_size, *update._arguments(), backend=backend
+            grad_output,
+            input,
+            weight,
+            indices,
+            bias,
+            update.state,
+            group_size,
+            *update._arguments(),
+            backend=backend,
         )
     update.step += 1
-
-
-def fan_in_linear_updating(
-    input: Tensor,
-    weight: Tensor,
-    indices: Tensor,
-    bias: Tensor | None,
-    update: FanInUpdate,
-    *,
-    group_size: int = 1,
-    backend: str | None = None,
-) -> Tensor:
-    """`fan_in_linear` ``[B, O]`` whose backward pass steps weight and bias (`fan_in_linear_update`)."""
-    check_shape("input", input, (None, None), "[B, I]")
-    _check_layer(weight, indices, bias, group_size)
-    update._prepare(weight, bias)
-    return _UpdatingLinear.apply(input.to(weight.dtype), weight, indices, bias, group_size, update, backend)
 
 
 def fan_in_topk(
@@ -315,7 +320,7 @@ def fan_in_topk(
     """
     check_shape("input", input, (None, None), "[B, I]")
     _check_layer(weight, indices, bias, group_size)
-    check_like("input", input, "weight", weight) if not _autocast(input) else None
+    _check_input(input, weight)
     if not 0 <= k <= weight.shape[0]:
         raise ValueError(f"k must be in [0, O], O = {weight.shape[0]}; got {k}")
     return TOPK(input, weight, indices, bias, k, group_size, backend=backend)
@@ -345,7 +350,7 @@ def fan_in_score(
     """
     check_shape("input", input, (None, None), "[B, I]")
     _check_layer(weight, indices, bias, group_size)
-    check_like("input", input, "weight", weight) if not _autocast(input) else None
+    _check_input(input, weight)
     check_dtype("candidates", candidates, INDEX_DTYPES)
     check_shape("candidates", candidates, (input.shape[0], None), "[B, C]")
     check_device("candidates", candidates, "input", input)
@@ -404,9 +409,15 @@ def fan_in_rewire(
         raise ValueError(
             f"a row of {weight.shape[1]} distinct indices needs as many inputs; in_features is {in_features}"
         )
-    for name, tensor in (("weight", weight), ("indices", indices), *((f"state[{i}]", s) for i, s in enumerate(state))):
+    for name, tensor in (
+        ("weight", weight),
+        ("indices", indices),
+        *((f"state[{i}]", s) for i, s in enumerate(state)),
+    ):
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} is changed in place and must be contiguous; got strides {tensor.stride()}")
+            raise ValueError(
+                f"{name} is changed in place and must be contiguous; got strides {tensor.stride()}"
+            )
     for i, tensor in enumerate(state):
         check_shape(f"state[{i}]", tensor, tuple(weight.shape), "[O, F]")
     criterion = reference.THRESHOLD if fraction is None else reference.FRACTION
@@ -450,8 +461,12 @@ def _check_positives(offsets: Tensor, labels: Tensor, input: Tensor) -> None:
     check_shape("labels", labels, (None,), "[number of positives]")
 
 
-def _autocast(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type)
+def _check_input(input: Tensor, weight: Tensor) -> None:
+    """Same dtype and device; inside autocast the op casts."""
+    if torch.is_autocast_enabled(input.device.type):
+        check_device("input", input, "weight", weight)
+    else:
+        check_like("input", input, "weight", weight)
 
 
 def _loss_dtype(input: Tensor) -> torch.dtype:
@@ -466,7 +481,8 @@ class _UpdatingLoss(torch.autograd.Function):
     def forward(ctx, input, weight, indices, bias, offsets, labels, codes, update, backend):
         ctx.save_for_backward(input, weight, indices, bias, offsets, labels)
         ctx.codes, ctx.update, ctx.backend = codes, update, backend
-        return LOSS(input, weight, indices, bias, offsets, labels, *codes, backend=backend)
+        with torch.autocast(input.device.type, enabled=False):  # as the backward pass, at the weight's dtype
+            return LOSS(input, weight, indices, bias, offsets, labels, *codes, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -485,7 +501,8 @@ class _UpdatingLinear(torch.autograd.Function):
     def forward(ctx, input, weight, indices, bias, group_size, update, backend):
         ctx.save_for_backward(input, weight, indices, bias)
         ctx.group_size, ctx.update, ctx.backend = group_size, update, backend
-        return LINEAR(input, weight, indices, bias, group_size, backend=backend)
+        with torch.autocast(input.device.type, enabled=False):
+            return LINEAR(input, weight, indices, bias, group_size, backend=backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -524,7 +541,18 @@ def _fake_loss(input, *arguments):
 
 
 def _fake_loss_grad(
-    grad_loss, input, weight, indices, bias, offsets, labels, kind, reduction, group_size, input_grad, weight_grad
+    grad_loss,
+    input,
+    weight,
+    indices,
+    bias,
+    offsets,
+    labels,
+    kind,
+    reduction,
+    group_size,
+    input_grad,
+    weight_grad,
 ):
     return (
         torch.empty_like(input) if input_grad else input.new_empty(0),
@@ -534,7 +562,19 @@ def _fake_loss_grad(
 
 
 def _fake_loss_step(
-    grad_loss, input, weight, indices, bias, offsets, labels, state, kind, reduction, group_size, input_grad, *optimizer
+    grad_loss,
+    input,
+    weight,
+    indices,
+    bias,
+    offsets,
+    labels,
+    state,
+    kind,
+    reduction,
+    group_size,
+    input_grad,
+    *optimizer,
 ):
     grad_input = torch.empty_like(input) if input_grad else input.new_empty(0)
     return input.new_empty((), dtype=_loss_dtype(input)), grad_input
@@ -646,7 +686,9 @@ def _nothing(*arguments) -> None:
 
 
 _IN_PLACE = ("weight", "bias", "state")
-LINEAR = Op(reference.fan_in_linear, fake=_fake_linear, backward=_backward_linear, setup_context=_setup_linear)
+LINEAR = Op(
+    reference.fan_in_linear, fake=_fake_linear, backward=_backward_linear, setup_context=_setup_linear
+)
 LINEAR_GRAD_INPUT = Op(reference.fan_in_linear_grad_input, fake=_fake_linear_grad_input, autocast=False)
 LINEAR_GRAD_WEIGHT = Op(reference.fan_in_linear_grad_weight, fake=_fake_linear_grad_weight, autocast=False)
 LINEAR_UPDATE = Op(reference.fan_in_linear_update, fake=_nothing, mutates=_IN_PLACE, autocast=False)

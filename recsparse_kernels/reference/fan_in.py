@@ -25,7 +25,9 @@ LAYER, ROW = 0, 1
 # ---- linear ----
 
 
-def fan_in_linear(input: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+def fan_in_linear(
+    input: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
     """[B, O]"""
     _check_indices(indices, input.shape[1])
     x, output = _wide(input), input.new_empty(input.shape[0], weight.shape[0])
@@ -51,7 +53,9 @@ def fan_in_linear_grad_weight(grad_output: Tensor, input: Tensor, indices: Tenso
     x = _wide(input)
     grad_weight = input.new_empty(grad_output.shape[1], indices.shape[1])
     for begin, end in _chunks(grad_output.shape, indices.shape[1]):
-        grad_weight[begin:end] = _grad_weight(x, _wide(grad_output[:, begin:end]), indices, group_size, begin, end)
+        grad_weight[begin:end] = _grad_weight(
+            x, _wide(grad_output[:, begin:end]), indices, group_size, begin, end
+        )
     return grad_weight
 
 
@@ -227,7 +231,12 @@ def fan_in_topk(
 
 
 def fan_in_score(
-    input: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None, candidates: Tensor, group_size: int
+    input: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    bias: Tensor | None,
+    candidates: Tensor,
+    group_size: int,
 ) -> Tensor:
     """output[b, c] = the logit of row b for label candidates[b, c]: [B, C]"""
     _check_indices(indices, input.shape[1])
@@ -241,7 +250,12 @@ def fan_in_score(
 
 
 def fan_in_score_grad_input(
-    grad_output: Tensor, weight: Tensor, indices: Tensor, candidates: Tensor, in_features: int, group_size: int
+    grad_output: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    candidates: Tensor,
+    in_features: int,
+    group_size: int,
 ) -> Tensor:
     """grad_input[b, i] = sum over (c, f) with indices[label // G, f] = i of grad_output[b, c] * weight[label, f]"""
     _check_indices(indices, in_features)
@@ -256,7 +270,12 @@ def fan_in_score_grad_input(
 
 
 def fan_in_score_grad_weight(
-    grad_output: Tensor, input: Tensor, indices: Tensor, candidates: Tensor, out_features: int, group_size: int
+    grad_output: Tensor,
+    input: Tensor,
+    indices: Tensor,
+    candidates: Tensor,
+    out_features: int,
+    group_size: int,
 ) -> Tensor:
     """grad_weight[label, f] += grad_output[b, c] * input[b, indices[label // G, f]]: [O, F], 0 where not a candidate"""
     _check_indices(indices, input.shape[1])
@@ -265,7 +284,9 @@ def fan_in_score_grad_weight(
     grad_weight = x.new_zeros(out_features, indices.shape[1])
     for begin, end in _chunks(candidates.shape, indices.shape[1]):
         label = candidates[:, begin:end].long()
-        products = _wide(grad_output[:, begin:end]).unsqueeze(2) * _gather_columns(x, indices, label, group_size)
+        products = _wide(grad_output[:, begin:end]).unsqueeze(2) * _gather_columns(
+            x, indices, label, group_size
+        )
         grad_weight.index_add_(0, label.flatten(), products.flatten(0, 1))
     return grad_weight.to(input.dtype)
 
@@ -490,7 +511,19 @@ def _update_labels(weight, bias, state, grad_weight, grad_bias, begin, end, *hyp
 
 
 def _update(
-    parameter, grad, state, first, optimizer, lr, weight_decay, beta1, beta2, eps, step, stochastic_rounding, seed
+    parameter,
+    grad,
+    state,
+    first,
+    optimizer,
+    lr,
+    weight_decay,
+    beta1,
+    beta2,
+    eps,
+    step,
+    stochastic_rounding,
+    seed,
 ) -> None:
     """As torch.optim.SGD (momentum), Adam and AdamW; state in float32 (float64 for float64 parameters)."""
     w = _wide(parameter)

@@ -1,0 +1,129 @@
+"""The main job: a click model and a many-label model, dense beside packed, in accuracy, bytes and time."""
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m recsparse_kernels demo``."""
+    parser.add_argument(
+        "--data", type=Path, metavar="PATH",
+        help="a file, or a folder with a train and a test file: Criteo TSV or id CSV, interactions, or XMC "
+        "text; without it, data is generated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for report.md, report.json and report.png"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of generated data, splits, weights (default 0)")
+    parser.add_argument(
+        "--rows", type=int, default=None, metavar="N",
+        help="generated rows of the click log, or the first rows to read of one (default 300,000; 1,000,000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passes", type=int, default=None, metavar="N", help="at most so many passes over the data"
+    )
+    parser.add_argument(
+        "--timing-seconds", type=float, default=20.0, metavar="S",
+        help="how long to time each group of models (default 20)",
+    )  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run it. Returns 0, or 2 where the arguments or the data are wrong, with the reason on stderr."""
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(f"demo needs {', '.join(missing)}: pip install 'recsparse_kernels[demo]'", file=sys.stderr)
+        return 2
+    from .data import DataError
+    from .report import check_out
+
+    try:
+        if args.rows is not None and args.rows < 10:
+            raise ValueError(f"--rows must be at least 10; got {args.rows}")
+        if args.passes is not None and args.passes < 1:
+            raise ValueError(f"--passes must be at least 1; got {args.passes}")
+        if args.out is not None:
+            check_out(args.out)
+        sources = _sources(args)
+    except (DataError, ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 2
+    _run(args, sources)
+    return 0
+
+
+def _sources(args: argparse.Namespace) -> list:
+    from .data import generate_click_log, generate_label_data, load
+
+    if args.data is not None:
+        return [load(args.data, max_rows=args.rows or 1_000_000, seed=args.seed)]
+    return [
+        generate_click_log(args.rows or 300_000, args.seed),
+        generate_label_data(min(args.rows or GENERATED_DOCUMENTS, GENERATED_DOCUMENTS), args.seed),
+    ]
+
+
+GENERATED_DOCUMENTS = 45_000
+
+
+def _run(args: argparse.Namespace, sources: list) -> None:
+    import dataclasses
+
+    import rich.console
+    import rich.progress
+    import torch
+
+    from . import report
+    from .data import ClickLog
+    from .run import label_plan, run_clicks, run_labels
+    from .train import ClickPlan
+
+    started = time.perf_counter()
+    # Adagrad builds sparse tensors; torch warns where nobody has said that it need not check them
+    torch.sparse.check_sparse_tensor_invariants.disable()
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 170)
+    columns = (
+        rich.progress.TextColumn("{task.description:<44}"), rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )  # fmt: skip
+    sections = []
+    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+
+        def progress(what: str, steps: int):
+            task = bars.add_task(what, total=steps)
+            return lambda count: bars.advance(task, count)
+
+        for source in sources:
+            common = {"seed": args.seed, "timing_seconds": args.timing_seconds, "progress": progress}
+            if isinstance(source, ClickLog):
+                plan = ClickPlan.for_rows(source.rows)
+                run = run_clicks
+            else:
+                plan = label_plan(source, generated=args.data is None)
+                run = run_labels
+            if args.passes is not None:
+                plan = dataclasses.replace(plan, max_passes=args.passes)
+            sections.append(run(source, plan, **common))
+    made = report.Report(sections, _header(args, time.perf_counter() - started))
+    report.show(made, console)
+    if args.out is not None:
+        for path in report.write(made, args.out):
+            console.print(f"wrote {path}", highlight=False)
+
+
+def _header(args: argparse.Namespace, seconds: float) -> dict[str, str]:
+    from .. import show_config
+
+    config = [" ".join(line.split()) for line in show_config().splitlines()]
+    return {
+        "data": str(args.data) if args.data is not None else "generated",
+        "seed": str(args.seed),
+        "seconds": f"{seconds:.0f}",
+        "configuration": "; ".join(config),
+    }
