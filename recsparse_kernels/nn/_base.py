@@ -1,5 +1,6 @@
 """What every layer of the package offers besides ``forward``."""
 
+import copy
 import dataclasses
 import warnings
 from typing import Any, ClassVar
@@ -51,6 +52,7 @@ class PackedModule(nn.Module):
         """Become, in place, what ``from_dense(dense)`` with this layer's options would be."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def pack_state(self, name: str, dense: Tensor) -> Tensor | None:
         """What a tensor laid out like the dense weight (an optimizer's moment) becomes for a parameter.
 
@@ -61,8 +63,26 @@ class PackedModule(nn.Module):
         Returns:
             The entries at the kept positions, laid out like the parameter; None when the parameter has
             no positions in the dense weight (a low-rank factor).
+
+        Here the positions are found by numbering the parameter's entries and looking where the numbers
+        come out in `dense_weight`; a subclass that knows them overrides this.
         """
-        return None
+        own = self._parameters.get(name)
+        if own is None or name == "bias" or own.numel() == 0:
+            return None
+        probe = copy.copy(self)
+        parameters = {key: None if p is None else p.detach().double() for key, p in self._parameters.items()}
+        numbers = torch.arange(1, own.numel() + 1, dtype=torch.float64, device=own.device)
+        probe.__dict__["_parameters"] = {**parameters, name: numbers.view(own.shape)}
+        found = probe.dense_weight().flatten()
+        at = found.nonzero().squeeze(1)
+        slots = found[at].long() - 1
+        one_to_one = torch.equal(slots.double() + 1, found[at]) and slots.numel() == slots.unique().numel()
+        if not one_to_one or slots.numel() == 0 or int(slots.min()) < 0 or int(slots.max()) >= own.numel():
+            return None
+        packed = dense.new_zeros(own.numel())
+        packed[slots] = dense.flatten()[at]
+        return packed.view(own.shape)
 
     @property
     def weight(self) -> Tensor:

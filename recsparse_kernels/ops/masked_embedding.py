@@ -1,7 +1,6 @@
 """Lookups in masked (element-wise pruned) embedding tables that store only what is kept."""
 
 import dataclasses
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -235,7 +234,7 @@ _MATMUL = Op(
 # ---- checks ----
 
 
-def check_padding_idx(padding_idx: Optional[int], num_embeddings: int) -> int:
+def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
     """As torch: negative counts from the end; -1 for None.
 
     Raises:
@@ -260,7 +259,7 @@ def _check_input(input: Tensor, table: MaskedTable) -> None:
     check_device("input", input, "table.values", table.values)
 
 
-def _check_bag_input(input: Tensor, offsets: Optional[Tensor], include_last_offset: bool) -> None:
+def _check_bag_input(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> None:
     if input.dim() == 2:
         if offsets is not None:
             raise ValueError("offsets must be None when input is 2-D, [bags, length]: it gives the bags already")
@@ -276,7 +275,7 @@ def _check_bag_input(input: Tensor, offsets: Optional[Tensor], include_last_offs
         raise ValueError(f"input must be 1-D with offsets or 2-D [bags, length]; got shape {shape(input)}")
 
 
-def _check_weights(per_sample_weights: Optional[Tensor], input: Tensor, mode: str, table: MaskedTable):
+def _check_weights(per_sample_weights: Tensor | None, input: Tensor, mode: str, table: MaskedTable):
     """Weights in the ops' dtype (float32; float64 for a float64 table), or None."""
     if per_sample_weights is None:
         return None
@@ -311,8 +310,8 @@ class FusedOptimizer:
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    state: Optional[Tensor] = None
-    second_state: Optional[Tensor] = None
+    state: Tensor | None = None
+    second_state: Tensor | None = None
     step: int = 0
 
     @classmethod
@@ -380,7 +379,7 @@ class _UpdatingLookup(torch.autograd.Function):
 
 
 def masked_embedding_pack(
-    weight: Tensor, mask: Optional[Tensor] = None, *, layout: str = "bitmask", backend: Optional[str] = None
+    weight: Tensor, mask: Tensor | None = None, *, layout: str = "bitmask", backend: str | None = None
 ) -> MaskedTable:
     """Pack what a mask keeps of a dense table.
 
@@ -408,14 +407,14 @@ def masked_embedding_pack(
     return MaskedTable(values, *index, num_rows, dim)
 
 
-def masked_embedding_unpack(table: MaskedTable, *, backend: Optional[str] = None) -> Tensor:
+def masked_embedding_unpack(table: MaskedTable, *, backend: str | None = None) -> Tensor:
     """The dense table ``[V, D]``, 0 where nothing is kept; differentiable with respect to ``table.values``."""
     _check_table(table)
     return _UNPACK(table.values, *table.index, *table.sizes, backend=backend)
 
 
 def masked_embedding_repack(
-    table: MaskedTable, mask: Tensor, *, layout: Optional[str] = None, backend: Optional[str] = None
+    table: MaskedTable, mask: Tensor, *, layout: str | None = None, backend: str | None = None
 ) -> MaskedTable:
     """The table with another mask: kept values stay, newly kept ones are 0. No dense copy is made.
 
@@ -439,7 +438,7 @@ def masked_embedding_repack(
     return new._replace(values=_carry(table.values.detach(), table, new, backend))
 
 
-def _carry(values: Tensor, table: MaskedTable, new: MaskedTable, backend: Optional[str] = None) -> Tensor:
+def _carry(values: Tensor, table: MaskedTable, new: MaskedTable, backend: str | None = None) -> Tensor:
     """``values``, or anything packed like them (optimizer moments), in the places of ``new``."""
     template = values.new_empty(new.values.shape)
     return _REPACK(values, *table.index, template, *new.index, *table.sizes, backend=backend)
@@ -448,14 +447,14 @@ def _carry(values: Tensor, table: MaskedTable, new: MaskedTable, backend: Option
 def masked_embedding(
     input: Tensor,
     table: MaskedTable,
-    padding_idx: Optional[int] = None,
-    max_norm: Optional[float] = None,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
     *,
-    fused: Optional[FusedOptimizer] = None,
-    backend: Optional[str] = None,
+    fused: FusedOptimizer | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """``F.embedding`` on a packed table: bit for bit ``F.embedding(input, weight * mask)``.
 
@@ -495,18 +494,18 @@ def masked_embedding(
 def masked_embedding_bag(
     input: Tensor,
     table: MaskedTable,
-    offsets: Optional[Tensor] = None,
-    max_norm: Optional[float] = None,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     mode: str = "mean",
     sparse: bool = False,
-    per_sample_weights: Optional[Tensor] = None,
+    per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,
-    padding_idx: Optional[int] = None,
+    padding_idx: int | None = None,
     *,
-    fused: Optional[FusedOptimizer] = None,
-    backend: Optional[str] = None,
+    fused: FusedOptimizer | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """``F.embedding_bag`` on a packed table.
 
@@ -553,14 +552,14 @@ def masked_embedding_bag(
     return output
 
 
-def _renorm(input: Tensor, table: MaskedTable, max_norm: float, norm_type: float, backend: Optional[str]) -> None:
+def _renorm(input: Tensor, table: MaskedTable, max_norm: float, norm_type: float, backend: str | None) -> None:
     if max_norm <= 0 or norm_type <= 0:
         raise ValueError(f"max_norm and norm_type must be positive; got {max_norm} and {norm_type}")
     values = table.values.detach()
     _RENORM(values, *table.index, input, *table.sizes, float(max_norm), float(norm_type), backend=backend)
 
 
-def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: Optional[str] = None) -> Tensor:
+def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: str | None = None) -> Tensor:
     """``input @ W.T`` against the whole table, without a dense copy: one multiply-add for each kept value.
 
     Args:
@@ -584,7 +583,7 @@ def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: Opt
     return output.reshape(*input.shape[:-1], table.num_embeddings)
 
 
-def masked_embedding_propagate(adjacency: Tensor, table: MaskedTable, *, backend: Optional[str] = None) -> Tensor:
+def masked_embedding_propagate(adjacency: Tensor, table: MaskedTable, *, backend: str | None = None) -> Tensor:
     """``adjacency @ W``, as in graph propagation, without a dense copy.
 
     Args:

@@ -1,6 +1,6 @@
 """Packed masked tables: `MaskedTable`, and making one from a mask."""
 
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ class MaskedTable(NamedTuple):
 
     values: Tensor
     rows: Tensor
-    bases: Optional[Tensor]
-    starts: Optional[Tensor]
-    columns: Optional[Tensor]
+    bases: Tensor | None
+    starts: Tensor | None
+    columns: Tensor | None
     num_embeddings: int
     embedding_dim: int
 
@@ -252,7 +252,7 @@ def row_magnitude_mask(weight: Tensor, kept: int) -> Tensor:
 
 
 def random_mask_bits(
-    num_rows: int, dim: int, density: float, layout: str, generator: Optional[torch.Generator] = None
+    num_rows: int, dim: int, density: float, layout: str, generator: torch.Generator | None = None
 ) -> Tensor:
     """Bits of a mask that keeps ``round(density * V * D)`` elements chosen evenly (fixed_k:
     ``round(density * D)`` in each row), drawn in chunks from torch's generator."""

@@ -107,7 +107,7 @@ class RankLinear(PackedModule):
 
 
 class HalfEmbedding(PackedModule):
-    """An embedding without its odd columns."""
+    """An embedding without its odd columns; ``pack_state`` is the base's."""
 
     dense_type = nn.Embedding
 
@@ -125,9 +125,6 @@ class HalfEmbedding(PackedModule):
     def _load_dense(self, dense):
         with torch.no_grad():
             self.values.copy_(dense.weight[:, ::2])
-
-    def pack_state(self, name, dense):
-        return dense[:, ::2].clone()
 
     def dense_weight(self):
         return torch.stack([self.values, torch.zeros_like(self.values)], -1).flatten(1)

@@ -44,6 +44,8 @@ def test_state_moves_to_the_kept_positions(make):
     for key, value in tensors(old["head.weight"]).items():
         new = optimizer.state[model.head.values][key]
         assert torch.equal(new, model.head.pack_state("values", value)) and new.abs().sum() > 0
+    for key, value in tensors(old["tables.user.weight"]).items():
+        assert torch.equal(optimizer.state[model.tables["user"].values][key], value[:, ::2])
     for key, value in tensors(old["head.bias"]).items():
         assert torch.equal(optimizer.state[model.head.bias][key], value)
     assert optimizer.state[model.head.values].get("step") == old["head.weight"].get("step")
