@@ -66,8 +66,8 @@ def as_markdown(report: Report) -> str:
         lines += [f"- {line}" for line in section.description]
         lines += [f"- {name}: {value:.4f}" for name, value in section.extra.items()]
         for row in section.rows:
-            if row.swapped:
-                lines += ["", f"{row.model}:", "", *(f"- {line}" for line in row.swapped)]
+            lines += ["", f"{row.model} (passes over the training rows: {row.passes})", ""]
+            lines += [f"- {line}" for line in row.swapped]
     lines += ["", "![accuracy against bytes, and speed](report.png)", ""]
     return "\n".join(lines)
 
