@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-GENERATED_ROWS, GENERATED_DOCUMENTS = 500_000, 36_000  # so that the whole run takes minutes on two cores
+GENERATED_ROWS, GENERATED_DOCUMENTS = 400_000, 30_000  # so that the whole run takes minutes on two cores
 READ_ROWS = 1_000_000  # of a longer click log, unless --rows says otherwise
 NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of generated data, splits, weights (default 0)")
     parser.add_argument(
         "--rows", type=int, default=None, metavar="N",
-        help="generated rows of the click log, or the first rows to read of one (default 500,000; 1,000,000)",
+        help="generated rows of the click log, or the first rows to read of one (default 400,000; 1,000,000)",
     )  # fmt: skip
     parser.add_argument(
         "--passes", type=int, default=None, metavar="N", help="at most this many passes over the data"
     )
     parser.add_argument(
-        "--timing-seconds", type=float, default=20.0, metavar="S",
-        help="how long to time each group of models (default 20)",
+        "--timing-seconds", type=float, default=15.0, metavar="S",
+        help="how long to time each group of models (default 15)",
     )  # fmt: skip
 
 
