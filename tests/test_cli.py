@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from recsparse_kernels import microbench, nn
+from recsparse_kernels import cpu_levels, microbench, nn, tuning
 from recsparse_kernels.__main__ import load_object, main
 
 every_layer = pytest.mark.skipif(
@@ -98,6 +98,19 @@ def test_bench(capsys):
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert row["layer"] == "FixedFanInLinear" and row["ms"] > 0 and row["bytes"] < row["dense_bytes"]
     assert main(["bench", "--rounds", "0"]) == 2
+
+
+def test_bench_tune_stores_its_choices(tmp_path, capsys):
+    path = tmp_path / "measured.json"
+    assert main(["bench", "--family", "sparse24", "--rounds", "1", "--tune", str(path)]) == 0
+    assert "op shapes measured" in capsys.readouterr().out
+    try:
+        if cpu_levels():
+            entries = [entry for found in tuning._read(path).values() for entry in found]
+            assert {entry.op for entry in entries} == {"sparse24_linear"}
+            assert {entry.training for entry in entries} == {False, True}
+    finally:
+        tuning.load()  # without what was measured here
 
 
 def test_bench_table_has_every_case(capsys):
