@@ -134,12 +134,29 @@ void grad_input_rows(const T* grad, int64_t grad_stride, int batch, const T* val
                   last - c < kLanes ? last - c : kLanes);
 }
 
+// Dot products of the gradients of one output with the panel rows of kKept kept columns, in lanes.
+template <int kVecs, int kKept>
+RS_INLINE Vec dot_columns(const Vec (&g)[kVecs], const float* x, const uint8_t* positions) {
+  constexpr int64_t kRows = kVecs * kLanes;
+  constexpr int kShift = log2_of(kRows);
+  const uint64_t bits = uint64_t(read_bits(positions, kKept / 4)) << kShift;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k) {
+    acc[k] = zero();
+    if (k >= kKept) continue;
+    const float* column = x + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + k / 2 * 4 * kRows;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[k] = fmadd(g[v], load(column + v * kLanes), acc[k]);
+  }
+  return sum_each(acc);
+}
+
 template <int kVecs>
 void grad_values_panel_vecs(const float* grad_panel, const float* x_panel, const uint8_t* positions,
                             int64_t I, int64_t outputs, int64_t begin, int64_t end, float* sums,
                             int64_t sums_stride) {
   constexpr int64_t kRows = kVecs * kLanes;
-  constexpr int kShift = log2_of(kRows);
   constexpr int64_t kStep = 2 * kLanes;  // columns of kLanes kept values
   constexpr int64_t kChunk = kChunkBytes / 4 / kRows / kStep * kStep;  // columns
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
@@ -148,23 +165,16 @@ void grad_values_panel_vecs(const float* grad_panel, const float* x_panel, const
       Vec g[kVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) g[v] = load(grad_panel + o * kRows + v * kLanes);
-      for (int64_t c = chunk; c < chunk_end; c += kStep) {
-        const int64_t count = chunk_end - c < kStep ? (chunk_end - c) / 2 : kLanes;
-        // a last half step reads column 0 of its missing groups through position 0: stays in range
-        const uint64_t bits = uint64_t(read_bits(positions + o * (I / 8) + c / 8, count / 4))
-                              << kShift;
-        const float* x = x_panel + c * kRows;
-        Vec acc[kLanes];
-#pragma GCC unroll 16
-        for (int k = 0; k < kLanes; ++k) {
-          const int64_t group = k < count ? k / 2 * 4 * kRows : 0;
-          const float* column = x + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + group;
-          acc[k] = g[0] * load(column);
-#pragma GCC unroll 8
-          for (int v = 1; v < kVecs; ++v) acc[k] = fmadd(g[v], load(column + v * kLanes), acc[k]);
-        }
-        float* to = sums + o * sums_stride + (c - begin) / 2;
-        store_first(to, sum_each(acc) + load_first(to, count), count);
+      const uint8_t* from = positions + o * (I / 8);
+      float* to = sums + o * sums_stride - begin / 2;
+      int64_t c = chunk;
+      for (; c + kStep <= chunk_end; c += kStep) {
+        const Vec dots = dot_columns<kVecs, kLanes>(g, x_panel + c * kRows, from + c / 8);
+        store(to + c / 2, dots + load(to + c / 2));
+      }
+      if (c < chunk_end) {
+        const Vec dots = dot_columns<kVecs, 8>(g, x_panel + c * kRows, from + c / 8);
+        store_first(to + c / 2, dots + load_first(to + c / 2, 8), 8);
       }
     }
   }

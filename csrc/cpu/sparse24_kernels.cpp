@@ -133,12 +133,16 @@ RS_INLINE void dot_rows(const float* x, int64_t x_stride, int64_t kept, const T*
   for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 8
     for (int b = 0; b < kBatch; ++b) acc[o][b] = zero();
+  constexpr int64_t kAhead =
+      1024 / int64_t(sizeof(T));  // prefetched: into the next rows at the end
   const auto step = [&](int64_t k, auto load_values, int position_bytes)
       __attribute__((always_inline)) {
     Vec weight[kOutputs];
     Picks columns[kOutputs];
+    const T* ahead = values + k + kAhead + (k + kAhead < kept ? 0 : (kOutputs - 1) * kept);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
+      __builtin_prefetch(ahead + o * kept);
       weight[o] = load_values(values + o * kept + k);
       columns[o] = kept_columns(read_bits(positions + o * (kept / 4) + k / 4, position_bytes));
     }
