@@ -138,7 +138,8 @@ RS_INLINE Vec sum_column(const float* rows, int64_t row, int64_t depth) {
   Vec total = zero();
   for (int64_t k = 0; k < depth;) {
     Vec part = zero();
-    for (const int64_t end = min_of(k + 16, depth); k < end; ++k) part = part + load(rows + k * row);
+    for (const int64_t end = min_of(k + 16, depth); k < end; ++k)
+      part = part + load(rows + k * row);
     total = total + part;
   }
   return total;

@@ -49,8 +49,8 @@ template <class T, class Index>
 RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int64_t begin,
                             int64_t end, float* scratch) {
   const int64_t row = whole_vecs(p.dim);
-  float* sums = scratch;                       // sum_k x
-  float* squares = scratch + kRowBlock * row;  // sum_k x^2
+  float* sums = scratch;                     // sum_k x
+  float* pairs = scratch + kRowBlock * row;  // sum of x_j x_k over j < k
   for (; begin < end; begin += kRowBlock) {
     const int64_t rows = min_of(end - begin, kRowBlock);
     if (p.interaction)
@@ -70,9 +70,9 @@ RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int
           if (p.output) store_lanes(p.output + at * p.dim + c, x, lanes);
           if (p.interaction) {
             float* sum = sums + i * row + c;
-            float* square = squares + i * row + c;
+            float* pair = pairs + i * row + c;
+            store(pair, fmadd(x, load(sum), load(pair)));
             store(sum, load(sum) + x);
-            store(square, fmadd(x, x, load(square)));
           }
         });
       }
@@ -80,11 +80,8 @@ RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int
     if (!p.interaction) continue;
     for (int64_t i = 0; i < rows; ++i) {
       Vec total = zero();  // columns past D are zero: so are their projections and bias
-      for (int64_t c = 0; c < row; c += kLanes) {
-        const Vec sum = load(sums + i * row + c);
-        total = total + fmadd(sum, sum, zero() - load(squares + i * row + c));
-      }
-      p.interaction[begin + i] = from_float<T>(0.5f * sum_lanes(total));
+      for (int64_t c = 0; c < row; c += kLanes) total = total + load(pairs + i * row + c);
+      p.interaction[begin + i] = from_float<T>(sum_lanes(total));
     }
   }
 }

@@ -47,7 +47,13 @@ def make_table(V: int, R: int, D: int, *, dtype=torch.float32, seed: int = 0) ->
 
 
 def make_bags(
-    V: int, N: int = 60, *, index_dtype=torch.int64, offset_dtype=torch.int64, last: bool = False, seed: int = 0
+    V: int,
+    N: int = 60,
+    *,
+    index_dtype=torch.int64,
+    offset_dtype=torch.int64,
+    last: bool = False,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """indices [N] with duplicates, and offsets with empty bags at the start, inside and at the end."""
     indices = torch.randint(0, V, (N,), generator=generator(seed), dtype=index_dtype)
@@ -55,7 +61,9 @@ def make_bags(
     return indices, (ends if last else ends[:-1]).to(offset_dtype)
 
 
-def make_fields(B: int, F: int, R: int, D: int, *, dtype=torch.float32, index_dtype=torch.int64, seed: int = 0):
+def make_fields(
+    B: int, F: int, R: int, D: int, *, dtype=torch.float32, index_dtype=torch.int64, seed: int = 0
+):
     """indices [B, F], table, starts, projections, bias, and gradients to z, x and the FM term."""
     g = generator(seed)
     rows = torch.randint(1, 40, (F,), generator=g)
