@@ -36,9 +36,8 @@ def table(path: Path) -> str:
         peer = max(peers, key=lambda line: line["speedup_over_dense"], default=None)
         peer_text = f"{peer['speedup_over_dense']:.2f}x {peer['backend']}" if peer else ""
         name = "" if best["backend"] == "ours" else f" ({best['backend']})"
-        rows.append(
-            f"| {op} | {passes} | {shape} | {dtype} | {best['speedup_over_dense']:.2f}x{name} | {spread} | {peer_text} |"
-        )
+        speedup = f"{best['speedup_over_dense']:.2f}x{name}"
+        rows.append(f"| {op} | {passes} | {shape} | {dtype} | {speedup} | {spread} | {peer_text} |")
     return "\n".join(rows)
 
 

@@ -1,7 +1,33 @@
 """Sparse and low-rank layers for recommender and extreme-classification models in PyTorch."""
 
-from . import ops
+from . import nn, ops
+from .adapters import register_adapter
+from .advise import advise
 from .config import cpu_level, cpu_levels, set_cpu_level, show_config
+from .dense_checkpoint import dense_state_dict, load_dense_state_dict
+from .explain import explain
+from .optimizer_remap import remap_optimizer
+from .swap import swap_modules, unswap_modules
+from .tuning import load as _load_measured
+from .tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["cpu_level", "cpu_levels", "ops", "set_cpu_level", "show_config"]
+__all__ = [
+    "advise",
+    "cpu_level",
+    "cpu_levels",
+    "dense_state_dict",
+    "explain",
+    "load_dense_state_dict",
+    "nn",
+    "ops",
+    "register_adapter",
+    "remap_optimizer",
+    "set_cpu_level",
+    "show_config",
+    "swap_modules",
+    "tune",
+    "unswap_modules",
+]
+
+_load_measured()

@@ -166,49 +166,96 @@ RS_INLINE Vec gather(const float* base, const int16_t* indices) {
 RS_INLINE Vec gather(const float* base, const int32_t* indices) {
   return {_mm512_i32gather_ps(_mm512_loadu_si512(indices), base, 4)};
 }
-// Rows and columns of the kLanes x kLanes matrix rows[0..] change places.
+
+// ---- kLanes x kLanes in registers (transposes, many sums at once)
+
+// rows[i] lane j becomes rows[j] lane i.
 RS_INLINE void transpose(Vec* rows) {
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
     a[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
   }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + j + 2]);
-      b[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      b[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
+  for (int i = 0; i < 16; i += 4) {  // b[i + j]: columns j, 4 + j, 8 + j, 12 + j of rows i .. i + 3
+    b[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {  // 4 x 4 blocks of 128 bits
-    const __m512 low01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x44);
-    const __m512 high01 = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xee);
-    rows[i].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    rows[i + 4].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    rows[i + 8].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    rows[i + 12].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xee);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xee);
+    rows[j].v = _mm512_shuffle_f32x4(low01, low23, 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+    rows[8 + j].v = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    rows[12 + j].v = _mm512_shuffle_f32x4(high01, high23, 0xdd);
   }
 }
-// lane i of the result = sum of the lanes of rows[i], for kLanes rows; in fewer shuffles than a
-// transposition.
-RS_INLINE Vec sum_each(const Vec* rows) {
-  __m512 a[8], b[4];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 x = rows[2 * i].v, y = rows[2 * i + 1].v;
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+// Lane i is the sum of the lanes of a[i].
+RS_INLINE Vec sum_each(const Vec* a) {
+  __m512 quad[4];  // lane 4 q + i of quad[j]: a quarter (q) of the sum of a[4 j + i]
+  for (int j = 0; j < 4; ++j) {
+    const Vec* p = a + 4 * j;
+    const __m512 s01 =
+        _mm512_add_ps(_mm512_unpacklo_ps(p[0].v, p[1].v), _mm512_unpackhi_ps(p[0].v, p[1].v));
+    const __m512 s23 =
+        _mm512_add_ps(_mm512_unpacklo_ps(p[2].v, p[3].v), _mm512_unpackhi_ps(p[2].v, p[3].v));
+    quad[j] = _mm512_add_ps(_mm512_shuffle_ps(s01, s23, 0x44), _mm512_shuffle_ps(s01, s23, 0xee));
   }
-  for (int i = 0; i < 4; ++i) {
-    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
-    b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
-                         _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-  }
-  const __m512 c =
-      _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x44), _mm512_shuffle_f32x4(b[0], b[1], 0xee));
-  const __m512 d =
-      _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x44), _mm512_shuffle_f32x4(b[2], b[3], 0xee));
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd))};
+  const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44),
+                                   _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
+  const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44),
+                                    _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
+  return {
+      _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd))};
+}
+
+// ---- 2:4: kLanes kept values stand in 2 * kLanes columns; positions: 2 bits each, low bits first
+
+struct Picks {
+  __m512i v;
+};
+// Column of each kept value.
+RS_INLINE Picks kept_columns(uint32_t positions) {
+  const __m512i shift =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i group = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+  const __m512i bits = _mm512_srlv_epi32(_mm512_set1_epi32(int(positions)), shift);
+  return {_mm512_or_si512(_mm512_and_si512(bits, _mm512_set1_epi32(3)), group)};
+}
+// What stands at those columns of 2 * kLanes dense values.
+RS_INLINE Vec pick(Picks columns, Vec low, Vec high) {
+  return {_mm512_permutex2var_ps(low.v, columns.v, high.v)};
+}
+RS_INLINE __m512 expand_half(Vec kept, uint32_t positions, int first_kept) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  const __m512i group = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+  const __m512i even = _mm512_add_epi32(group, _mm512_set1_epi32(first_kept));
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  const __m512i all = _mm512_set1_epi32(int(positions)), three = _mm512_set1_epi32(3);
+  const __m512i at_even =
+      _mm512_and_si512(_mm512_srlv_epi32(all, _mm512_slli_epi32(even, 1)), three);
+  const __m512i at_odd = _mm512_and_si512(_mm512_srlv_epi32(all, _mm512_slli_epi32(odd, 1)), three);
+  const __m512 out =
+      _mm512_maskz_permutexvar_ps(_mm512_cmpeq_epi32_mask(at_even, lane), even, kept.v);
+  return _mm512_mask_permutexvar_ps(out, _mm512_cmpeq_epi32_mask(at_odd, lane), odd, kept.v);
+}
+// kLanes kept values to their places among 2 * kLanes columns, zero elsewhere.
+RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
+  low.v = expand_half(kept, positions, 0);
+  high.v = expand_half(kept, positions, 8);
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
+// compressing straight from or to memory is microcoded on Zen 4.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
 }
 
 #elif defined(RS_ISA_AVX2)
@@ -318,6 +365,7 @@ RS_INLINE Vec gather(const float* base, const int16_t* indices) {
 RS_INLINE Vec gather(const float* base, const int32_t* indices) {
   return {_mm256_i32gather_ps(base, _mm256_loadu_si256((const __m256i*)indices), 4)};
 }
+
 RS_INLINE void transpose(Vec* rows) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; i += 2) {
@@ -325,30 +373,96 @@ RS_INLINE void transpose(Vec* rows) {
     a[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
   }
   for (int i = 0; i < 8; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      const __m256d low = _mm256_castps_pd(a[i + j]), high = _mm256_castps_pd(a[i + j + 2]);
-      b[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
-      b[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
-    }
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) {
-    rows[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
-    rows[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+  for (int j = 0; j < 4; ++j) {
+    rows[j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x20);
+    rows[4 + j].v = _mm256_permute2f128_ps(b[j], b[4 + j], 0x31);
   }
 }
-RS_INLINE Vec sum_each(const Vec* rows) {
-  __m256 a[4], b[2];
-  for (int i = 0; i < 4; ++i) {
-    const __m256 x = rows[2 * i].v, y = rows[2 * i + 1].v;
-    a[i] = _mm256_add_ps(_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y));
+RS_INLINE Vec sum_each(const Vec* a) {
+  __m256 quad[2];
+  for (int j = 0; j < 2; ++j) {
+    const Vec* p = a + 4 * j;
+    const __m256 s01 =
+        _mm256_add_ps(_mm256_unpacklo_ps(p[0].v, p[1].v), _mm256_unpackhi_ps(p[0].v, p[1].v));
+    const __m256 s23 =
+        _mm256_add_ps(_mm256_unpacklo_ps(p[2].v, p[3].v), _mm256_unpackhi_ps(p[2].v, p[3].v));
+    quad[j] = _mm256_add_ps(_mm256_shuffle_ps(s01, s23, 0x44), _mm256_shuffle_ps(s01, s23, 0xee));
   }
-  for (int i = 0; i < 2; ++i) {
-    const __m256d x = _mm256_castps_pd(a[2 * i]), y = _mm256_castps_pd(a[2 * i + 1]);
-    b[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)),
-                         _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                        _mm256_permute2f128_ps(quad[0], quad[1], 0x31))};
+}
+
+struct Picks {  // columns within the half that holds them: lanes 0-3 read low, 4-7 high
+  __m256i v;
+};
+RS_INLINE Picks kept_columns(uint32_t positions) {
+  const __m256i shift = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i group = _mm256_setr_epi32(0, 0, 4, 4, 0, 0, 4, 4);
+  const __m256i bits = _mm256_srlv_epi32(_mm256_set1_epi32(int(positions)), shift);
+  return {_mm256_or_si256(_mm256_and_si256(bits, _mm256_set1_epi32(3)), group)};
+}
+RS_INLINE Vec pick(Picks columns, Vec low, Vec high) {
+  return {_mm256_blend_ps(_mm256_permutevar8x32_ps(low.v, columns.v),
+                          _mm256_permutevar8x32_ps(high.v, columns.v), 0xf0)};
+}
+RS_INLINE __m256 expand_half(Vec kept, uint32_t positions, int first_kept) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3);
+  const __m256i group = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+  const __m256i even = _mm256_add_epi32(group, _mm256_set1_epi32(first_kept));
+  const __m256i odd = _mm256_add_epi32(even, _mm256_set1_epi32(1));
+  const __m256i all = _mm256_set1_epi32(int(positions)), three = _mm256_set1_epi32(3);
+  const __m256i at_even =
+      _mm256_and_si256(_mm256_srlv_epi32(all, _mm256_slli_epi32(even, 1)), three);
+  const __m256i at_odd = _mm256_and_si256(_mm256_srlv_epi32(all, _mm256_slli_epi32(odd, 1)), three);
+  const __m256 is_even = _mm256_castsi256_ps(_mm256_cmpeq_epi32(at_even, lane));
+  const __m256 is_odd = _mm256_castsi256_ps(_mm256_cmpeq_epi32(at_odd, lane));
+  return _mm256_blendv_ps(_mm256_and_ps(is_even, _mm256_permutevar8x32_ps(kept.v, even)),
+                          _mm256_permutevar8x32_ps(kept.v, odd), is_odd);
+}
+RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
+  low.v = expand_half(kept, positions, 0);
+  high.v = expand_half(kept, positions, 4);
+}
+
+// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not set),
+// `compress` gives lane j the position of the j-th set bit.
+struct LanePermutations {
+  uint8_t expand[256][8];
+  uint8_t compress[256][8];
+};
+constexpr LanePermutations make_lane_permutations() {
+  LanePermutations t = {};
+  for (int bits = 0; bits < 256; ++bits) {
+    int kept = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      t.expand[bits][lane] = 0x80;
+      if (bits >> lane & 1) {
+        t.expand[bits][lane] = uint8_t(kept);
+        t.compress[bits][kept++] = uint8_t(lane);
+      }
+    }
   }
-  return {_mm256_add_ps(_mm256_permute2f128_ps(b[0], b[1], 0x20),
-                        _mm256_permute2f128_ps(b[0], b[1], 0x31))};
+  return t;
+}
+alignas(64) static constexpr LanePermutations kLanePermutations = make_lane_permutations();
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  const __m256i source =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.expand[bits]));
+  const __m256 dropped = _mm256_castsi256_ps(_mm256_srai_epi32(source, 31));
+  return {_mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(packed.v, source))};
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  const __m256i source =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.compress[bits]));
+  return {_mm256_permutevar8x32_ps(a.v, source)};
 }
 
 #else  // portable: the explanation of the two above, and what runs everywhere else
@@ -454,17 +568,51 @@ template <class Index>
 RS_INLINE Vec gather(const float* base, const Index* indices) {
   return each_lane([&](int i) { return base[indices[i]]; });
 }
+
 RS_INLINE void transpose(Vec* rows) {
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < i; ++j) {
-      const float kept = rows[i].v[j];
-      rows[i].v[j] = rows[j].v[i];
-      rows[j].v[i] = kept;
+      const float upper = rows[j].v[i];
+      rows[j].v[i] = rows[i].v[j];
+      rows[i].v[j] = upper;
     }
-  }
 }
-RS_INLINE Vec sum_each(const Vec* rows) {
-  return each_lane([&](int i) { return sum_lanes(rows[i]); });
+RS_INLINE Vec sum_each(const Vec* a) {
+  return each_lane([&](int i) { return sum_lanes(a[i]); });
+}
+
+struct Picks {
+  int v[kLanes];
+};
+RS_INLINE Picks kept_columns(uint32_t positions) {
+  Picks columns;
+  for (int i = 0; i < kLanes; ++i) columns.v[i] = i / 2 * 4 + int((positions >> (2 * i)) & 3);
+  return columns;
+}
+RS_INLINE Vec pick(Picks columns, Vec low, Vec high) {
+  return each_lane([&](int i) {
+    return columns.v[i] < kLanes ? low.v[columns.v[i]] : high.v[columns.v[i] - kLanes];
+  });
+}
+RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
+  const Picks columns = kept_columns(positions);
+  low = high = zero();
+  for (int i = 0; i < kLanes; ++i)
+    (columns.v[i] < kLanes ? low : high).v[columns.v[i] % kLanes] = kept.v[i];
+}
+
+// Lane i takes the next element of `packed` where bit i is set, else 0.
+RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  int next = 0;
+  return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
+}
+// The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
+RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
+  Vec out = zero();
+  int next = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (bits >> i & 1) out.v[next++] = a.v[i];
+  return out;
 }
 
 #endif

@@ -51,6 +51,19 @@ class PackedModule(nn.Module):
         """Become, in place, what ``from_dense(dense)`` with this layer's options would be."""
         raise NotImplementedError
 
+    def pack_state(self, name: str, dense: Tensor) -> Tensor | None:
+        """What a tensor laid out like the dense weight (an optimizer's moment) becomes for a parameter.
+
+        Args:
+            name: of one of this layer's parameters.
+            dense: same shape as `dense_weight`, any floating dtype.
+
+        Returns:
+            The entries at the kept positions, laid out like the parameter; None when the parameter has
+            no positions in the dense weight (a low-rank factor).
+        """
+        return None
+
     @property
     def weight(self) -> Tensor:
         """`dense_weight`, for code that reads ``layer.weight``; warns above a size limit."""

@@ -10,14 +10,14 @@ from .fan_in import (
     fan_in_score,
     fan_in_topk,
 )
-
-__all__ = [
-    "FanInUpdate",
-    "fan_in_linear",
-    "fan_in_linear_update",
-    "fan_in_loss",
-    "fan_in_loss_step",
-    "fan_in_rewire",
-    "fan_in_score",
-    "fan_in_topk",
-]
+from .low_rank import low_rank_cross, low_rank_linear
+from .low_rank_embedding import low_rank_embedding, low_rank_embedding_bag, low_rank_fields
+from .sparse24 import (
+    sparse24_compress,
+    sparse24_decompress,
+    sparse24_from_torch,
+    sparse24_gather,
+    sparse24_linear,
+    sparse24_linear_ste,
+    sparse24_mask,
+)

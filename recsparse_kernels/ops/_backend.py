@@ -20,8 +20,12 @@ NAMESPACES = {"native": "recsparse", "reference": "recsparse_reference"}
 BACKENDS = tuple(NAMESPACES)  # in order of preference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Measured choices, (op, device type, dtype, shape class) -> backend; filled by recsparse_kernels.tuning.
-MEASURED: dict[tuple[str, str, torch.dtype, str], str] = {}
+# Measured choices, op -> (device type, dtype, shape class) -> backend; filled by recsparse_kernels.tuning.
+MEASURED: dict[str, dict[tuple[str, torch.dtype, tuple], str]] = {}
+
+# Called as observer(op, args, backend, asked) before each eager call, `asked` the caller's backend=.
+# recsparse_kernels.tuning and explain watch calls through it.
+OBSERVERS: list[Callable] = []
 
 OPS: dict[str, "Op"] = {}
 
@@ -40,7 +44,7 @@ class Op:
             calls the gradient ops with ``backend=backend``. None: differentiating raises.
         setup_context: ``setup_context(ctx, inputs, output)`` as in ``torch.library.register_autograd``.
         autocast: cast floating tensors to the autocast dtype inside an autocast region.
-        shape_class: maps the op's arguments to the key of `MEASURED`; None: never looked up.
+        shape_class: maps the op's arguments to the shape class of `MEASURED`.
     """
 
     def __init__(
@@ -52,11 +56,12 @@ class Op:
         backward: Callable | None = None,
         setup_context: Callable | None = None,
         autocast: bool = True,
-        shape_class: Callable[..., str] | None = None,
+        shape_class: Callable[..., tuple] | None = None,
     ):
         self.name = reference.__name__
         self.reference = reference
-        self.shape_class = shape_class
+        self.mutates = tuple(mutates)
+        self.shape_class = shape_class or default_shape_class
         self.schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         self._overloads = {}
         _libraries["reference"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -94,13 +99,14 @@ class Op:
         Raises:
             ValueError: ``backend`` is unknown, or cannot run this op for the device and dtype.
         """
-        device_type, dtype = _device_and_dtype(args)
+        device_type, dtype = self.device_and_dtype(args)
         if device_type == "meta":
             return backend or "reference"
         available = self.backends(device_type, dtype)
         if backend is None:
-            if MEASURED and self.shape_class is not None and not torch.compiler.is_compiling():
-                measured = MEASURED.get((self.name, device_type, dtype, self.shape_class(*args)))
+            table = MEASURED.get(self.name)
+            if table and not torch.compiler.is_compiling():
+                measured = table.get((device_type, dtype, self.shape_class(*args)))
                 if measured in available:
                     return measured
             return available[0]
@@ -111,30 +117,50 @@ class Op:
             )
         return backend
 
+    @staticmethod
+    def device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
+        """Device type of the first tensor, dtype of the first floating one."""
+        device_type, dtype = None, None
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if device_type is None:
+                    device_type = arg.device.type
+                if dtype is None and arg.is_floating_point():
+                    dtype = arg.dtype
+        return device_type or "cpu", dtype or torch.float32
+
     def overload(self, backend: str) -> torch._ops.OpOverload:
         """The ``torch.library`` op of one backend, for ``opcheck`` and graph inspection."""
         return self._overloads[backend]
 
     def __call__(self, *args, backend: str | None = None):
-        overload = self._overloads[self.pick(args, backend)]
+        picked = self.pick(args, backend)
+        overload = self._overloads[picked]
         if torch.compiler.is_compiling():
             return overload(*args)
+        for observer in OBSERVERS:
+            observer(self, args, picked, backend)
         try:
-            return overload(*args)
+            result = overload(*args)
         except RuntimeError as error:
             raise _typed(error) from None
+        if picked == "native" and self.mutates:
+            self._count_versions(args)
+        return result
+
+    def _count_versions(self, args: Sequence) -> None:
+        """A native op writes behind autograd's back: tell it, so that a graph that saved the old values raises."""
+        for argument, value in zip(self._overloads["native"]._schema.arguments, args, strict=False):
+            if argument.name in self.mutates and value is not None:
+                written = [value] if isinstance(value, Tensor) else value
+                torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def _device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
-    """Device type of the first tensor, dtype of the first floating one."""
-    device_type, dtype = None, None
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if device_type is None:
-                device_type = arg.device.type
-            if dtype is None and arg.is_floating_point():
-                dtype = arg.dtype
-    return device_type or "cpu", dtype or torch.float32
+def default_shape_class(*args) -> tuple:
+    """Whether a gradient is wanted, then each tensor's sizes as exponents of two, rounded up."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return (training, *(tuple((s - 1).bit_length() if s else 0 for s in t.shape) for t in tensors))
 
 
 def _typed(error: RuntimeError) -> Exception:

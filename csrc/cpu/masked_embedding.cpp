@@ -1,0 +1,94 @@
+// Lookups in masked embedding tables, CPU: forward and the gradient of the sample weights.
+#include "masked_embedding.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <vector>
+
+namespace recsparse {
+namespace {
+
+std::tuple<Tensor, Tensor> masked_embedding_bag(
+    const Tensor& values, const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
+    const MaybeTensor& columns, const Tensor& indices, const MaybeTensor& offsets,
+    const MaybeTensor& per_sample_weights, int64_t num_embeddings, int64_t embedding_dim, int64_t mode,
+    int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/, bool /*sparse*/) {
+  const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
+  return with_float_type(values.scalar_type(), "values", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const MaskedTable<T> table = masked_table<T>(args);
+    const Bags bags =
+        check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+    const bool max = BagMode(mode) == BagMode::kMax;
+    Tensor output = torch::stable::new_empty(values, {bags.bags, embedding_dim});
+    Tensor argmax = torch::stable::new_empty(values, {max ? bags.bags : 0, embedding_dim}, ScalarType::Int);
+    const auto& kernels = masked_bag_kernels<T>();
+    T* out = mutable_data<T>(output);
+    int32_t* places = mutable_data<int32_t>(argmax);
+    run_over_bags(bags, [&](int64_t begin, int64_t end) {
+      return max ? kernels.max(table, bags, begin, end, out, places)
+                 : kernels.sum(table, bags, begin, end, out);
+    });
+    return std::make_tuple(output, argmax);
+  });
+}
+
+Tensor masked_embedding(const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
+                        const MaybeTensor& starts, const MaybeTensor& columns, const Tensor& indices,
+                        int64_t num_embeddings, int64_t embedding_dim, int64_t /*padding_idx*/,
+                        bool /*scale_grad_by_freq*/, bool /*sparse*/) {
+  const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
+  return with_float_type(values.scalar_type(), "values", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const MaskedTable<T> table = masked_table<T>(args);
+    const Bags bags = check_bags(args, indices, std::nullopt, std::nullopt, int64_t(BagMode::kEach), -1, false);
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < indices.dim(); ++i) shape.push_back(indices.size(i));
+    shape.push_back(embedding_dim);
+    Tensor output = torch::stable::new_empty(values, shape);
+    T* out = mutable_data<T>(output);
+    run_over_bags(bags, [&](int64_t begin, int64_t end) {
+      return masked_bag_kernels<T>().sum(table, bags, begin, end, out);
+    });
+    return output;
+  });
+}
+
+Tensor masked_embedding_bag_grad_per_sample_weights(
+    const Tensor& grad_output, const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
+    const MaybeTensor& starts, const MaybeTensor& columns, const Tensor& indices, const MaybeTensor& offsets,
+    int64_t num_embeddings, int64_t embedding_dim, int64_t mode, int64_t padding_idx,
+    bool include_last_offset) {
+  const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
+  return with_float_type(values.scalar_type(), "values", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const MaskedTable<T> table = masked_table<T>(args);
+    const Bags bags = check_bags(args, indices, offsets, std::nullopt, mode, padding_idx, include_last_offset);
+    check_same_dtype(grad_output, "grad_output", values, "values");
+    RS_CHECK_VALUE(grad_output.dim() == 2 && grad_output.size(0) == bags.bags &&
+                       grad_output.size(1) == embedding_dim && grad_output.is_contiguous(),
+                   "grad_output must be contiguous of shape [", bags.bags, ", ", embedding_dim, "]; got ",
+                   shape_text(grad_output));
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < indices.dim(); ++i) shape.push_back(indices.size(i));
+    Tensor grad = torch::stable::new_empty(values, shape, ScalarType::Float);
+    float* out = mutable_data<float>(grad);
+    std::fill(out + (bags.bags ? bags.begin(bags.bags) : 0), out + bags.count, 0.0f);  // in no bag
+    run_over_bags(bags, [&](int64_t begin, int64_t end) {
+      return masked_bag_kernels<T>().grad_weights(table, bags, begin, end, data<T>(grad_output), out);
+    });
+    return grad;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(recsparse, CPU, m) {
+  m.impl("masked_embedding", TORCH_BOX(&masked_embedding));
+  m.impl("masked_embedding_bag", TORCH_BOX(&masked_embedding_bag));
+  m.impl("masked_embedding_bag_grad_per_sample_weights",
+         TORCH_BOX(&masked_embedding_bag_grad_per_sample_weights));
+}
+
+}  // namespace recsparse

@@ -1,0 +1,428 @@
+"""2:4 semi-structured weights: prune masks, compress, decompress, linear.
+
+The storage is defined at the top of recsparse_kernels/reference/sparse24.py: two values for each group
+of four columns, and 2 bits of metadata for each value.
+"""
+
+import torch
+from torch import Tensor
+
+from ..reference import sparse24 as reference
+from ..reference.sparse24 import padded
+from . import _check as check
+from ._activation import activation_backward, activation_code, needs_sum
+from ._backend import Op
+
+__all__ = [
+    "sparse24_compress",
+    "sparse24_decompress",
+    "sparse24_from_torch",
+    "sparse24_gather",
+    "sparse24_linear",
+    "sparse24_linear_ste",
+    "sparse24_mask",
+]
+
+
+def sparse24_mask(weight: Tensor, *, transposable: bool = False, backend: str | None = None) -> Tensor:
+    r"""Which elements a 2:4 weight keeps: the largest magnitudes.
+
+    Args:
+        weight: ``[O, I]``, any floating dtype.
+        transposable: False keeps the two largest of each group of four along I (of equal ones the
+            first). True keeps, in each 4 x 4 tile, the best of the 90 patterns with two in every row
+            and column, so that the transposed weight is 2:4 as well (of equal ones the first in
+            lexicographic order); exact, not a greedy search.
+        backend: "native" or "reference"; None takes the first available.
+
+    Returns:
+        ``[O, I]`` bool, True means kept. NaN counts as the largest magnitude. A last group or tile that
+        is not whole keeps at most two as well.
+    """
+    check.check_dtype("weight", weight)
+    check.check_shape("weight", weight, (None, None), "[O, I]")
+    return _mask(weight, bool(transposable), backend=backend)
+
+
+def sparse24_compress(weight: Tensor, mask: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    r"""Pack a masked weight; differentiable with respect to ``weight`` (zero where not kept).
+
+    Args:
+        weight: ``[O, I]``, any floating dtype.
+        mask: ``[O, I]`` bool, at most two True in each group of four along I. A group with fewer stores
+            zeros at its lowest free columns.
+        backend: "native" or "reference"; None takes the first available.
+
+    Returns:
+        values ``[O, P / 2]``, metadata ``[O, P / 8]`` uint8, P = I rounded up to a multiple of 16.
+
+    Raises:
+        ValueError: the mask keeps more than two in a group: the message names the first.
+    """
+    check.check_dtype("weight", weight)
+    check.check_shape("weight", weight, (None, None), "[O, I]")
+    check.check_dtype("mask", mask, (torch.bool,))
+    check.check_shape("mask", mask, tuple(weight.shape), "that of weight")
+    check.check_device("mask", mask, "weight", weight)
+    return _compress(weight, mask, backend=backend)
+
+
+def sparse24_gather(dense: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
+    r"""The elements of a dense ``[O, I]`` tensor at the kept positions: values ``[O, P / 2]``.
+
+    The inverse of `sparse24_decompress` for any dense tensor: a gradient, a moment, newer weights.
+    """
+    check.check_dtype("dense", dense)
+    check.check_shape("dense", dense, (None, None), "[O, I]")
+    _check_metadata(metadata, dense.shape[1], "dense", dense)
+    check.check_shape("metadata", metadata, (dense.shape[0], None), "[O, P / 8]")
+    return _gather(dense, metadata, backend=backend)
+
+
+def sparse24_decompress(
+    values: Tensor, metadata: Tensor, in_features: int, *, backend: str | None = None
+) -> Tensor:
+    r"""The dense weight, differentiable with respect to ``values``.
+
+    Args:
+        values: ``[O, P / 2]``, P = ``in_features`` rounded up to a multiple of 16.
+        metadata: ``[O, P / 8]`` uint8.
+        in_features: I.
+        backend: "native" or "reference"; None takes the first available.
+
+    Returns:
+        ``[O, I]``, zero where nothing was kept.
+    """
+    _check_packed(values, metadata, in_features)
+    return _decompress(values, metadata, in_features, backend=backend)
+
+
+def sparse24_linear(
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""``activation(input @ W.T + bias)`` with a compressed 2:4 weight ``W [O, I]``.
+
+    Args:
+        input: ``[..., I]``, float32, bfloat16, float16 (float64: reference).
+        values: ``[O, P / 2]``, same dtype as ``input``, P = I rounded up to a multiple of 16.
+        metadata: ``[O, P / 8]`` uint8; any bytes are safe, two equal positions in a group are not a
+            weight that `sparse24_decompress` can give back.
+        bias: ``[O]`` or None.
+        activation: None, "relu", "gelu" (erf form), "silu", "sigmoid" or "tanh", fused.
+        backend: "native" or "reference"; None takes the fastest measured, else the first available.
+
+    Returns:
+        ``[..., O]``, dtype of ``input``, accumulated in float32. Gradients: ``input``, ``values`` (only
+        at kept positions), ``bias``.
+
+    An infinite or NaN input reaches the outputs that keep its column; a dense product would turn the
+    others into NaN too (0 * inf), and so does backend "reference".
+    """
+    check.check_dtype("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have shape [..., I]; got a tensor without dimensions")
+    _check_packed(values, metadata, input.shape[-1])
+    _check_operands(input, "values", values, bias, values.shape[0])
+    code = activation_code(activation)
+    keep_sum = needs_sum(code) and _wants_grad(input, values, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    output, _ = _linear(rows, values, metadata, bias, code, keep_sum, backend=backend)
+    return output.reshape(*input.shape[:-1], values.shape[0])
+
+
+def sparse24_linear_ste(
+    input: Tensor,
+    weight: Tensor,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    decay: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""2:4 linear that trains the dense weight, by the straight-through estimator.
+
+    The forward product and the gradient to ``input`` use the masked weight, compressed on the fly; the
+    gradient to ``weight`` is dense, as if nothing had been masked.
+
+    Args:
+        input: ``[..., I]``.
+        weight: ``[O, I]``, same dtype.
+        mask: ``[O, I]`` bool; None takes ``sparse24_mask(weight)``.
+        bias: ``[O]`` or None.
+        activation: as in `sparse24_linear`.
+        decay: adds ``decay * weight`` to the gradient of what the mask drops (sparse-refined
+            straight-through estimator, Zhou et al., "Learning N:M fine-grained structured sparse neural
+            networks from scratch", ICLR 2021): dropped weights fade instead of flickering.
+        backend: "native" or "reference"; None takes the first available.
+
+    Returns:
+        ``[..., O]``.
+    """
+    check.check_dtype("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have shape [..., I]; got a tensor without dimensions")
+    check.check_shape("weight", weight, (None, input.shape[-1]), "[O, I]")
+    _check_operands(input, "weight", weight, bias, weight.shape[0])
+    if decay < 0:
+        raise ValueError(f"decay must not be negative; got {decay}")
+    code = activation_code(activation)
+    keep_sum = needs_sum(code) and _wants_grad(input, weight, bias)
+    frozen = weight.detach()
+    if mask is None:
+        mask = sparse24_mask(frozen, backend=backend)
+    values, metadata = sparse24_compress(frozen, mask, backend=backend)
+    rows = input.reshape(-1, input.shape[-1])
+    output, _ = _linear_ste(
+        rows, weight, values, metadata, bias, code, keep_sum, float(decay), backend=backend
+    )
+    return output.reshape(*input.shape[:-1], weight.shape[0])
+
+
+def sparse24_from_torch(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    r"""values, metadata of a ``torch.sparse.SparseSemiStructuredTensor``.
+
+    The CUTLASS layout of 16-bit types is read directly, on any device; any other (cuSPARSELt, float32,
+    which torch prunes 1:2) goes through ``to_dense()``, where torch can do that.
+    """
+    from torch.sparse import SparseSemiStructuredTensor
+    from torch.sparse._semi_structured_conversions import _calculate_meta_reordering_scatter_offsets
+
+    if not isinstance(tensor, SparseSemiStructuredTensor):
+        raise TypeError(f"tensor must be a SparseSemiStructuredTensor; got {type(tensor).__name__}")
+    O, I = tensor.shape
+    meta, packed = getattr(tensor, "meta", None), tensor.packed
+    if meta is not None and meta.dtype == torch.int16 and meta.dim() == 2 and packed is not None:
+        if packed.dtype in (torch.float16, torch.bfloat16) and packed.shape == (O, I // 2):
+            # torch scatters natural-order metadata for the tensor cores: gather it back
+            at = _calculate_meta_reordering_scatter_offsets(O, meta.shape[1], meta.dtype, meta.device)
+            natural = meta.reshape(-1).gather(0, at).view(O, -1)
+            return packed.clone(), natural.view(torch.uint8).clone()
+    dense = tensor.to_dense()
+    return sparse24_compress(dense, dense != 0)
+
+
+def _check_metadata(metadata: Tensor, in_features: int, like_name: str, like: Tensor) -> None:
+    check.check_dtype("metadata", metadata, (torch.uint8,))
+    letters = f"[O, P / 8], P = {padded(in_features)} for in_features {in_features},"
+    check.check_shape("metadata", metadata, (None, padded(in_features) // 8), letters)
+    check.check_device("metadata", metadata, like_name, like)
+
+
+def _check_packed(values: Tensor, metadata: Tensor, in_features: int) -> None:
+    if in_features < 0:
+        raise ValueError(f"in_features must not be negative; got {in_features}")
+    check.check_dtype("values", values)
+    _check_metadata(metadata, in_features, "values", values)
+    wanted = (metadata.shape[0], 4 * metadata.shape[1])
+    check.check_shape("values", values, wanted, "[O, P / 2]")
+
+
+def _check_operands(input: Tensor, name: str, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
+    autocast = torch.is_autocast_enabled(input.device.type)  # casts the operands to one dtype
+    for operand_name, operand in ((name, weight), ("bias", bias)):
+        if operand is None:
+            continue
+        check.check_dtype(operand_name, operand)
+        if autocast:
+            check.check_device(operand_name, operand, "input", input)
+        else:
+            check.check_like(operand_name, operand, "input", input)
+    if bias is not None:
+        check.check_shape("bias", bias, (out_features,), "[O]")
+
+
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- registration: fake, gradient, autocast, shape class ----
+
+
+def _mask_fake(weight, transposable):
+    return torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+
+
+def _packed_fake(weight):
+    O, P = weight.shape[0], padded(weight.shape[1])
+    return weight.new_empty(O, P // 2), weight.new_empty(O, P // 8, dtype=torch.uint8)
+
+
+def _gather_fake(dense, metadata):
+    return dense.new_empty(metadata.shape[0], metadata.shape[1] * 4)
+
+
+def _decompress_fake(values, metadata, in_features):
+    return values.new_empty(values.shape[0], in_features)
+
+
+def _linear_fake(input, values, metadata, bias, activation, keep_sum):
+    shape = (input.shape[0], values.shape[0])
+    return input.new_empty(shape), input.new_empty(shape if keep_sum else (0,))
+
+
+def _linear_ste_fake(input, weight, values, metadata, bias, activation, keep_sum, decay):
+    return _linear_fake(input, values, metadata, bias, activation, keep_sum)
+
+
+def _compress_setup(ctx, inputs, output):
+    weight, _ = inputs
+    ctx.in_features = weight.shape[1]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _compress_backward(ctx, grad_values, grad_metadata, *, backend):
+    (metadata,) = ctx.saved_tensors
+    return _decompress(grad_values, metadata, ctx.in_features, backend=backend), None
+
+
+def _decompress_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _decompress_backward(ctx, grad_dense, *, backend):
+    (metadata,) = ctx.saved_tensors
+    return _gather(grad_dense, metadata, backend=backend), None, None
+
+
+def _gather_setup(ctx, inputs, output):
+    dense, metadata = inputs
+    ctx.in_features = dense.shape[1]
+    ctx.save_for_backward(metadata)
+
+
+def _gather_backward(ctx, grad_values, *, backend):
+    (metadata,) = ctx.saved_tensors
+    return _decompress(grad_values, metadata, ctx.in_features, backend=backend), None
+
+
+def _linear_setup(ctx, inputs, output):
+    input, values, metadata, bias, activation, keep_sum = inputs
+    ctx.activation, ctx.keep_sum = activation, keep_sum
+    from_output = activation != 0 and not needs_sum(activation)
+    saved = output[1] if keep_sum else output[0] if from_output else None
+    ctx.save_for_backward(input, values, metadata, bias, saved)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend):
+    """Gradient before the activation; the sum is computed again where it was not kept."""
+    if needs_sum(ctx.activation) and not ctx.keep_sum:
+        saved, _ = _linear(input, values, metadata, bias, 0, False, backend=backend)
+    return activation_backward(grad_output, saved, ctx.activation)
+
+
+def _linear_backward(ctx, grad_output, _, *, backend):
+    input, values, metadata, bias, saved = ctx.saved_tensors
+    grad = _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend)
+    wanted = ctx.needs_input_grad
+    grad_input = grad_values = grad_bias = None
+    if wanted[0]:
+        grad_input = _grad_input(grad, values, metadata, input.shape[1], backend=backend)
+    if wanted[1]:
+        grad_values = _grad_values(grad, input, metadata, backend=backend)
+    if wanted[3]:
+        grad_bias = grad.sum(0)
+    return grad_input, grad_values, None, grad_bias, None, None
+
+
+def _linear_ste_setup(ctx, inputs, output):
+    input, weight, values, metadata, bias, activation, keep_sum, decay = inputs
+    ctx.activation, ctx.keep_sum, ctx.decay = activation, keep_sum, decay
+    from_output = activation != 0 and not needs_sum(activation)
+    saved = output[1] if keep_sum else output[0] if from_output else None
+    ctx.save_for_backward(input, weight, values, metadata, bias, saved)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _linear_ste_backward(ctx, grad_output, _, *, backend):
+    input, weight, values, metadata, bias, saved = ctx.saved_tensors
+    grad = _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend)
+    wanted = ctx.needs_input_grad
+    grad_input = grad_weight = grad_bias = None
+    if wanted[0]:
+        grad_input = _grad_input(grad, values, metadata, input.shape[1], backend=backend)
+    if wanted[1]:
+        grad_weight = grad.t() @ input
+        if ctx.decay:
+            dropped = weight - _decompress(values, metadata, weight.shape[1], backend=backend)
+            grad_weight = grad_weight + ctx.decay * dropped
+    if wanted[4]:
+        grad_bias = grad.sum(0)
+    return grad_input, grad_weight, None, None, grad_bias, None, None, None
+
+
+def _size_class(n: int) -> int:
+    """The power of two at or above n."""
+    return 1 << max(int(n) - 1, 0).bit_length()
+
+
+def _linear_class(input, values, *_):
+    B, I, O = input.shape[0], input.shape[1], values.shape[0]
+    return f"B{_size_class(B)} I{_size_class(I)} O{_size_class(O)}"
+
+
+def _grad_input_class(grad_sum, values, metadata, in_features):
+    return f"B{_size_class(grad_sum.shape[0])} I{_size_class(in_features)} O{_size_class(values.shape[0])}"
+
+
+def _grad_values_class(grad_sum, input, metadata):
+    B, I, O = input.shape[0], input.shape[1], grad_sum.shape[1]
+    return f"B{_size_class(B)} I{_size_class(I)} O{_size_class(O)}"
+
+
+_mask = Op(reference.sparse24_mask, fake=_mask_fake, autocast=False)
+_compress = Op(
+    reference.sparse24_compress,
+    fake=lambda weight, mask: _packed_fake(weight),
+    backward=_compress_backward,
+    setup_context=_compress_setup,
+    autocast=False,
+)
+_gather = Op(
+    reference.sparse24_gather,
+    fake=_gather_fake,
+    backward=_gather_backward,
+    setup_context=_gather_setup,
+    autocast=False,
+)
+_decompress = Op(
+    reference.sparse24_decompress,
+    fake=_decompress_fake,
+    backward=_decompress_backward,
+    setup_context=_decompress_setup,
+    autocast=False,
+)
+_linear = Op(
+    reference.sparse24_linear,
+    fake=_linear_fake,
+    backward=_linear_backward,
+    setup_context=_linear_setup,
+    shape_class=_linear_class,
+)
+_linear_ste = Op(
+    reference.sparse24_linear_ste,
+    fake=_linear_ste_fake,
+    backward=_linear_ste_backward,
+    setup_context=_linear_ste_setup,
+    shape_class=lambda input, weight, values, *_: _linear_class(input, values),
+)
+_grad_input = Op(
+    reference.sparse24_linear_grad_input,
+    fake=lambda grad_sum, values, metadata, in_features: grad_sum.new_empty(grad_sum.shape[0], in_features),
+    autocast=False,
+    shape_class=_grad_input_class,
+)
+_grad_values = Op(
+    reference.sparse24_linear_grad_values,
+    fake=lambda grad_sum, input, metadata: input.new_empty(metadata.shape[0], metadata.shape[1] * 4),
+    autocast=False,
+    shape_class=_grad_values_class,
+)

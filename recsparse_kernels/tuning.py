@@ -1,0 +1,322 @@
+"""The measured table: which backend is fastest for an op, a dtype and a class of shapes, on this machine.
+
+Entries come from measured.json, shipped with the package for known machines, and from the user's
+cache file, written by `tune`, which wins. `ops._backend.Op.pick` looks them up: an op without entries
+pays nothing.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._table import Table, show
+from ._timing import interleaved
+from .config import cpu_level
+from .ops._backend import MEASURED, OBSERVERS, Op
+
+SHIPPED = Path(__file__).with_name("measured.json")
+VERSION = 1  # of the file's layout; another version is not read
+MARGIN = 1.05  # what is not faster by this much does not displace the default: it may be noise
+
+# How far two backends may differ, relative to the largest value, before neither is called the faster:
+# the rounding of the dtype, summed over long rows in another order.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 4e-2, torch.float16: 5e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One measured choice."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape_class: tuple
+    backend: str
+    milliseconds: dict[str, float]  # backend -> median
+
+    @property
+    def key(self) -> tuple[str, torch.dtype, tuple]:
+        return self.device, self.dtype, self.shape_class
+
+    @property
+    def shape(self) -> str:
+        """The shape class as people read it: "infer 512x1024, 1024x512"."""
+        training, *tensors = self.shape_class
+        sizes = ", ".join("x".join(str(2**exponent) for exponent in tensor) or "scalar" for tensor in tensors)
+        return f"{'train' if training else 'infer'} {sizes}"
+
+    @property
+    def times(self) -> str:
+        return ", ".join(f"{backend} {ms:.3f} ms" for backend, ms in self.milliseconds.items())
+
+
+DETAILS: dict[tuple[str, tuple], Entry] = {}  # (op, key) -> what was measured, for `explain`
+
+
+@dataclasses.dataclass
+class TuneReport:
+    """Result of `tune`; ``print(report)`` and ``report.show()`` draw it."""
+
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    skipped: list[str] = dataclasses.field(default_factory=list)
+    path: Path | None = None  # where the entries were stored
+
+    def table(self) -> Table:
+        rows = [
+            [e.op, str(e.dtype).removeprefix("torch."), e.shape, e.backend, e.times] for e in self.entries
+        ]
+        columns = ["op", "dtype", "shapes up to", "fastest", "times"]
+        notes = [*self.skipped, f"stored in {self.path}" if self.path else "not stored"]
+        return Table(
+            f"{len(rows)} op shapes measured",
+            columns,
+            rows,
+            notes=notes,
+        )
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def show(self) -> None:
+        show(self.table())
+
+
+# -- which machine, which file ------------------------------------------------------------------------------
+
+
+def machine_class() -> str:
+    """What a measurement holds for: processor family, instruction level, threads."""
+    vendor, family = platform.machine() or "unknown", platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", info.read_text(), re.M))
+        vendor = fields.get("vendor_id", vendor)
+        family = f"{fields.get('cpu family', '?')}-{fields.get('model', '?')}"
+    return f"{vendor} {family} {cpu_level() or 'no-native'} {torch.get_num_threads()}t"
+
+
+def cache_path() -> Path:
+    """The user's file: in XDG_CACHE_HOME, or the platform's cache folder."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        root = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        root = Path.home() / ".cache"
+    return root / "recsparse_kernels" / "measured.json"
+
+
+def load() -> int:
+    """Fill the table for this machine class from the shipped file and the user's; returns how many entries.
+
+    Called on import. Call it again after ``torch.set_num_threads`` or ``set_cpu_level``. A file that
+    cannot be read is left aside with a warning.
+    """
+    forget()
+    machine = machine_class()
+    for path in (SHIPPED, cache_path()):
+        for entry in _read(path).get(machine, ()):
+            _remember(entry)
+    return len(DETAILS)
+
+
+def forget() -> None:
+    """Empty the table in this process: every op takes its default backend. Files stay."""
+    MEASURED.clear()
+    DETAILS.clear()
+
+
+def _remember(entry: Entry) -> None:
+    MEASURED.setdefault(entry.op, {})[entry.key] = entry.backend
+    DETAILS[entry.op, entry.key] = entry
+
+
+def _read(path: Path) -> dict[str, list[Entry]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"{path} cannot be read and is left aside: {error}", stacklevel=3)
+        return {}
+    try:
+        content = json.loads(text)
+        if content["version"] != VERSION:
+            return {}
+        return {machine: [_entry(item) for item in items] for machine, items in content["machines"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is not a table of measurements and is left aside; delete it, or call tune() to write "
+            f"it anew: {type(error).__name__}: {error}",
+            stacklevel=3,
+        )
+        return {}
+
+
+def _entry(item: dict[str, Any]) -> Entry:
+    dtype = getattr(torch, item["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {item['dtype']!r} is unknown")
+    training, *tensors = item["shape_class"]
+    shape_class = (bool(training), *(tuple(int(exponent) for exponent in tensor) for tensor in tensors))
+    times = {str(backend): float(ms) for backend, ms in item["milliseconds"].items()}
+    return Entry(str(item["op"]), str(item["device"]), dtype, shape_class, str(item["backend"]), times)
+
+
+def _item(entry: Entry) -> dict[str, Any]:
+    return {**dataclasses.asdict(entry), "dtype": str(entry.dtype).removeprefix("torch.")}
+
+
+def save(entries: list[Entry], path: Path | None = None) -> Path:
+    """Add entries for this machine class to the user's file, or another; replaces it in one step."""
+    path = path or cache_path()
+    machines = _read(path)
+    own = {(entry.op, entry.key): entry for entry in (*machines.get(machine_class(), ()), *entries)}
+    machines[machine_class()] = list(own.values())
+    content = {
+        "version": VERSION,
+        "machines": {
+            machine: [_item(entry) for entry in found] for machine, found in sorted(machines.items())
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return path
+
+
+# -- measuring ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def watch_calls() -> Iterator[list[tuple[Op, tuple, str, str | None]]]:
+    """Collects (op, arguments, backend it ran on, backend asked for) of every call in the block."""
+    calls = []
+    observer = lambda *call: calls.append(call)  # noqa: E731
+    OBSERVERS.append(observer)
+    try:
+        yield calls
+    finally:
+        OBSERVERS.remove(observer)
+
+
+def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, **keywords: Any) -> TuneReport:
+    """Measure the backends of every op that ``module(*inputs, **keywords)`` calls, and keep the fastest.
+
+    Calls that want a gradient are measured forward and backward together. A backend counts only when
+    its results agree with the reference; candidates run interleaved, medians count, and the default
+    stays unless another is clearly faster.
+
+    Args:
+        module: a layer or a whole model; runs once in the mode it is in (grad mode too).
+        rounds: how often each candidate is timed.
+        store: also write the entries to the user's cache file, for later processes.
+
+    Raises:
+        TypeError: ``module`` is no module.
+        ValueError: ``rounds`` is below 1.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module; got {type(module).__name__}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1; got {rounds}")
+    training = module.training
+    with watch_calls() as calls:
+        module(*inputs, **keywords)
+    assert module.training == training
+    report, seen = TuneReport(), set()
+    for op, args, _, asked in calls:
+        if asked is not None or op.mutates:
+            continue
+        device, dtype = op.device_and_dtype(args)
+        key = (op.name, device, dtype, op.shape_class(*args))
+        candidates = op.backends(device, dtype)
+        if key in seen or len(candidates) < 2:
+            continue
+        seen.add(key)
+        entry = _measure(op, args, Entry(*key, candidates[0], {}), candidates, rounds)
+        if isinstance(entry, str):
+            report.skipped.append(entry)
+            continue
+        _remember(entry)
+        report.entries.append(entry)
+    if store and report.entries:
+        report.path = save(report.entries)
+    return report
+
+
+def _measure(op: Op, args: tuple, entry: Entry, candidates: tuple[str, ...], rounds: int) -> Entry | str:
+    """The entry with times and the fastest backend; or why nothing is concluded."""
+    training = entry.shape_class[0]
+    runs = {backend: _runner(op, args, backend, training) for backend in candidates}
+    results = {backend: run() for backend, run in runs.items()}
+    if not all(_agree(result, results["reference"]) for result in results.values()):
+        return f"{op.name} {entry.shape}: the backends' results differ, the default stays"
+    medians = dict(zip(runs, interleaved(list(runs.values()), rounds), strict=True))
+    fastest = min(candidates, key=medians.__getitem__)
+    if medians[candidates[0]] < MARGIN * medians[fastest]:
+        fastest = candidates[0]
+    return dataclasses.replace(
+        entry, backend=fastest, milliseconds={k: round(v, 6) for k, v in medians.items()}
+    )
+
+
+def _runner(op: Op, args: tuple, backend: str, training: bool):
+    """A call of the op as the model makes it; with its backward when a gradient is wanted."""
+    own = [arg.detach().requires_grad_(arg.requires_grad) if isinstance(arg, Tensor) else arg for arg in args]
+    wanted = [arg for arg in own if isinstance(arg, Tensor) and arg.requires_grad]
+
+    def run():
+        with torch.set_grad_enabled(training):
+            out = op(*own, backend=backend)
+            outputs = [
+                t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)
+            ]
+            if not training:
+                return outputs
+            sums = [t.sum() for t in outputs if t.requires_grad]
+            return outputs + [
+                g for g in torch.autograd.grad(sums, wanted, allow_unused=True) if g is not None
+            ]
+
+    return run
+
+
+def _agree(actual: list[Tensor], wanted: list[Tensor]) -> bool:
+    if len(actual) != len(wanted):
+        return False
+    for one, other in zip(actual, wanted, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        one, other = (t.to_dense() if t.is_sparse else t for t in (one, other))
+        if not one.is_floating_point():
+            if not torch.equal(one, other):
+                return False
+            continue
+        tolerance = TOLERANCE[one.dtype]
+        one, other = one.detach().double(), other.detach().double()
+        size = other.abs().max().item() if other.numel() else 0.0
+        if not torch.allclose(one, other, rtol=0.0, atol=tolerance * size, equal_nan=True):
+            return False
+    return True

@@ -1,0 +1,487 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from recsparse_kernels import ops
+from recsparse_kernels.ops._backend import OPS
+from recsparse_kernels.reference import sparse24 as reference
+from recsparse_kernels.testing import assert_close, backends
+from recsparse_kernels.testing.sparse24 import SHAPES, make_case, make_weight
+
+BACKENDS = backends("sparse24_linear")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ACTIVATIONS = [None, "relu", "gelu", "silu", "sigmoid", "tanh"]
+MASK_SHAPES = [(0, 8), (3, 0), (1, 1), (4, 4), (5, 13), (8, 64), (33, 367), (64, 130)]
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
+def doubled(*tensors):
+    return tuple(t.double() if t is not None and t.is_floating_point() else t for t in tensors)
+
+
+def run_backward(input, values, metadata, bias, grad, activation, backend):
+    input, values, bias = (t.clone().requires_grad_() for t in (input, values, bias))
+    output = ops.sparse24_linear(input, values, metadata, bias, activation=activation, backend=backend)
+    output.backward(grad)
+    return output, input.grad, values.grad, bias.grad
+
+
+# ---- masks ----
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("transposable", [False, True])
+def test_mask_equals_reference(shape, dtype, transposable, backend):
+    weight = make_weight(*shape, dtype=dtype)
+    mask = ops.sparse24_mask(weight, transposable=transposable, backend=backend)
+    assert torch.equal(mask, reference.sparse24_mask(weight.double(), transposable))
+    groups = F.pad(mask, (0, -shape[1] % 4)).view(shape[0], (shape[1] + 3) // 4, 4).sum(2)
+    assert bool((groups <= 2).all())
+
+
+def every_pattern():
+    rows = [[int(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
+    tiles = [torch.tensor(tile) for tile in itertools.product(rows, repeat=4)]
+    return torch.stack([tile for tile in tiles if bool((tile.sum(0) == 2).all())])
+
+
+# few distinct magnitudes: many ties
+TILES = hnp.arrays("float32", (4, 8), elements=st.integers(-3, 3) | st.floats(-1, 1, width=32))
+
+
+@each_backend
+@settings(deadline=None, max_examples=150)
+@given(tile=TILES)
+def test_transposable_mask_is_the_best_of_all_patterns(tile, backend):
+    weight = torch.from_numpy(tile)
+    mask = ops.sparse24_mask(weight, transposable=True, backend=backend)
+    patterns = every_pattern()
+    assert len(patterns) == 90
+    for begin in (0, 4):
+        size = weight[:, begin : begin + 4].double().abs()
+        kept = mask[:, begin : begin + 4]
+        assert kept.sum(0).tolist() == kept.sum(1).tolist() == [2, 2, 2, 2]
+        scores = (patterns * size).sum((1, 2))
+        assert (size * kept).sum().item() >= scores.max().item() - 1e-12  # the order of the sum differs
+
+
+@each_backend
+@settings(deadline=None, max_examples=150)
+@given(weight=hnp.arrays("float32", st.tuples(st.integers(0, 5), st.integers(0, 37)),
+                         elements=st.integers(-2, 2) | st.floats(-1, 1, width=32)))  # fmt: skip
+def test_mask_keeps_the_largest_and_packs_exactly(weight, backend):
+    weight = torch.from_numpy(weight)
+    O, I = weight.shape
+    mask = ops.sparse24_mask(weight, backend=backend)
+    for row in range(O):
+        for begin in range(0, I, 4):
+            size, kept = weight[row, begin : begin + 4].abs(), mask[row, begin : begin + 4]
+            assert int(kept.sum()) == min(2, len(size))
+            if len(size) > 2:
+                assert size[kept].min() >= size[~kept].max()
+    values, metadata = ops.sparse24_compress(weight, mask, backend=backend)
+    dense = ops.sparse24_decompress(values, metadata, I, backend=backend)
+    assert torch.equal(dense, torch.where(mask, weight, 0))
+    assert torch.equal(ops.sparse24_gather(dense, metadata, backend=backend), values)
+
+
+@each_backend
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), O=st.integers(1, 4), groups=st.integers(1, 9))
+def test_compress_takes_masks_with_fewer(data, O, groups, backend):
+    """Any 0, 1 or 2 kept in a group; what is not kept is not stored, even at a filled position."""
+    sets = [s for n in range(3) for s in itertools.combinations(range(4), n)]
+    mask = torch.zeros(O, groups * 4, dtype=torch.bool)
+    for row in range(O):
+        for group in range(groups):
+            for i in data.draw(st.sampled_from(sets)):
+                mask[row, group * 4 + i] = True
+    weight = make_weight(O, groups * 4) + 10
+    values, metadata = ops.sparse24_compress(weight, mask, backend=backend)
+    expected = reference.sparse24_compress(weight, mask)
+    assert torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
+    assert torch.equal(ops.sparse24_decompress(values, metadata, groups * 4, backend=backend), weight * mask)
+    first, second = metadata & 3, metadata >> 2 & 3
+    assert bool((first < second).all())
+
+
+@each_backend
+def test_metadata_bit_order(backend):
+    mask = torch.zeros(1, 16, dtype=torch.bool)
+    mask[0, [1, 3, 4, 7, 8, 9, 14, 15]] = True
+    weight = torch.arange(16.0).view(1, 16)
+    values, metadata = ops.sparse24_compress(weight, mask, backend=backend)
+    assert values.tolist() == [[1, 3, 4, 7, 8, 9, 14, 15]]
+    assert metadata.tolist() == [[1 | 3 << 2 | 0 << 4 | 3 << 6, 0 | 1 << 2 | 2 << 4 | 3 << 6]]
+
+
+@each_backend
+def test_nan_and_inf_weights_are_kept(backend):
+    weight = torch.tensor([[1.0, float("nan"), 5.0, 2.0], [float("inf"), 3.0, float("-inf"), 9.0]])
+    mask = ops.sparse24_mask(weight, backend=backend)
+    assert mask.tolist() == [[False, True, True, False], [True, False, True, False]]
+    tiles = ops.sparse24_mask(weight.repeat(2, 1), transposable=True, backend=backend)
+    assert tiles.sum(0).tolist() == tiles.sum(1).tolist() == [2, 2, 2, 2]
+
+
+@each_backend
+def test_strided_weight_and_mask(backend):
+    weight = make_weight(40, 24).t()[:, 3:33]
+    mask = ops.sparse24_mask(weight, backend=backend)
+    assert torch.equal(mask, ops.sparse24_mask(weight.contiguous(), backend=backend))
+    assert torch.equal(
+        ops.sparse24_compress(weight, mask.t().contiguous().t(), backend=backend)[0],
+        ops.sparse24_compress(weight.contiguous(), mask, backend=backend)[0],
+    )
+
+
+@each_backend
+def test_too_many_kept_names_the_first(backend):
+    mask = torch.zeros(50, 20, dtype=torch.bool)
+    mask[7, 12:15] = True
+    mask[31, 0:4] = True
+    with pytest.raises(ValueError, match="row 7 keeps 3 in columns 12 to 15"):
+        ops.sparse24_compress(torch.ones(50, 20), mask, backend=backend)
+
+
+# ---- linear ----
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_and_gradients(shape, dtype, backend):
+    case = make_case(*shape, dtype=dtype)
+    actual = run_backward(*case, None, backend)
+    exact = run_backward(*doubled(*case), None, "reference")
+    baseline = run_backward(*case, None, "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(5, 40, 21), (40, 19, 37)], ids=str)
+def test_activation(shape, activation, dtype, backend):
+    case = make_case(*shape, dtype=dtype)
+    actual = run_backward(*case, activation, backend)
+    exact = run_backward(*doubled(*case), activation, "reference")
+    baseline = run_backward(*case, activation, "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@each_backend
+def test_many_groups_of_panels(backend):
+    """More batch rows than are packed at a time: sums over the groups."""
+    case = make_case(1300, 2064, 20)
+    actual = run_backward(*case, "gelu", backend)
+    exact = run_backward(*doubled(*case), "gelu", "reference")
+    baseline = run_backward(*case, "gelu", "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_against_autograd(activation):
+    """The explicit formulas against finite differences and against the dense layer."""
+    input, values, metadata, bias, grad = doubled(*make_case(4, 13, 5, seed=3))
+    inputs = tuple(t.requires_grad_() for t in (input, values, bias))
+
+    def call(input, values, bias):
+        return ops.sparse24_linear(input, values, metadata, bias, activation=activation, backend="reference")
+
+    assert torch.autograd.gradcheck(call, inputs)
+    ours = torch.autograd.grad(call(*inputs), inputs, grad)
+    dense = reference.sparse24_decompress(values, metadata, 13)
+    weight = dense.detach().requires_grad_()
+    total = F.linear(input, weight, bias)
+    function = getattr(F, activation) if activation else (lambda x: x)
+    theirs = torch.autograd.grad(function(total), (input, weight, bias), grad)
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], reference.sparse24_gather(theirs[1], metadata))
+    torch.testing.assert_close(ours[2], theirs[2])
+
+
+def test_pack_gradients():
+    weight = make_weight(5, 21).double().requires_grad_()
+    mask = ops.sparse24_mask(weight)
+    values, metadata = ops.sparse24_compress(weight, mask)
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_compress(w, mask)[0], (weight,))
+    values = values.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: ops.sparse24_decompress(v, metadata, 21), (values,))
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_gather(w, metadata), (weight,))
+
+
+@each_backend
+@pytest.mark.parametrize("activation", [None, "silu", "relu"])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_straight_through(activation, decay, backend):
+    """The dense weight gets the gradient of an unmasked product, at the masked output."""
+    input, _, _, bias, grad = make_case(19, 45, 12)
+    weight = make_weight(12, 45)
+    mask = ops.sparse24_mask(weight)
+
+    def run(input, weight, bias, backend):
+        input, weight, bias = (t.clone().requires_grad_() for t in (input, weight, bias))
+        output = ops.sparse24_linear_ste(
+            input, weight, mask, bias, activation=activation, decay=decay, backend=backend
+        )
+        output.backward(grad.to(output.dtype))
+        return output, input.grad, weight.grad, bias.grad
+
+    exact_input, exact_weight, exact_bias = (t.clone().requires_grad_() for t in doubled(input, weight, bias))
+    used = (exact_weight * mask).detach().requires_grad_()
+    function = getattr(F, activation) if activation else (lambda x: x)
+    output = function(F.linear(exact_input, used, exact_bias))
+    output.backward(grad.double())
+    dense = used.grad + decay * torch.where(mask, 0, exact_weight.detach())
+    exact = (output, exact_input.grad, dense, exact_bias.grad)
+    actual, baseline = run(input, weight, bias, backend), run(input, weight, bias, "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_weight", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@each_backend
+def test_leading_dimensions_and_strides(backend):
+    input, values, metadata, bias, _ = make_case(24, 40, 10)
+    expected = ops.sparse24_linear(input, values, metadata, bias, backend=backend)
+    for other in (input.view(2, 3, 4, 40), input.t().contiguous().t(), torch.cat([input, input], 1)[:, :40]):
+        output = ops.sparse24_linear(other, values, metadata, bias, backend=backend)
+        torch.testing.assert_close(output.reshape(24, 10), expected)
+    one = ops.sparse24_linear(input[0], values, metadata, bias, backend=backend)
+    torch.testing.assert_close(one, expected[0])
+    row = input[:1].expand(24, 40)  # stride 0
+    torch.testing.assert_close(
+        ops.sparse24_linear(row, values, metadata, bias, backend=backend)[7], expected[0]
+    )
+    strided = ops.sparse24_linear(input, values.t().contiguous().t(), metadata.t().contiguous().t(), bias,
+                                  backend=backend)  # fmt: skip
+    torch.testing.assert_close(strided, expected)
+
+
+@each_backend
+@pytest.mark.parametrize("B", [4, 40])
+def test_expanded_gradient(B, backend):
+    """``output.sum().backward()`` hands over a gradient with strides 0."""
+    case = list(make_case(B, 24, 10))
+    case[4] = torch.ones(()).expand(B, 10)
+    actual = run_backward(*case, None, backend)
+    exact = run_backward(*doubled(*case), None, "reference")
+    baseline = run_backward(*case, None, "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@each_backend
+@pytest.mark.parametrize("B", [3, 50])
+def test_nan_and_inf_reach_what_keeps_them(B, backend):
+    input, values, metadata, bias, _ = make_case(B, 32, 16)
+    input[1, 5], input[2, 9] = float("nan"), float("inf")
+    output = ops.sparse24_linear(input, values, metadata, bias, backend=backend)
+    dense = reference.sparse24_decompress(values, metadata, 32)
+    assert output[1][dense[:, 5] != 0].isnan().all()
+    assert not output[2][dense[:, 9] != 0].isfinite().any()
+    assert output[0].isfinite().all() and output[3:].isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(7, 100, 50), (300, 100, 70)], ids=str)
+def test_same_result_for_any_number_of_threads(shape, backend):
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(run_backward(*make_case(*shape), "gelu", backend))
+    finally:
+        torch.set_num_threads(before)
+    if backend == "native":
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
+
+
+# ---- torch.library ----
+
+
+@each_backend
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_opcheck_linear(activation, backend):
+    input, values, metadata, bias, _ = make_case(6, 20, 9)
+    for keep_sum in (False, True):
+        args = (
+            input.requires_grad_(),
+            values.requires_grad_(),
+            metadata,
+            bias.requires_grad_(),
+            activation,
+            keep_sum,
+        )
+        torch.library.opcheck(OPS["sparse24_linear"].overload(backend), args)
+    torch.library.opcheck(
+        OPS["sparse24_linear"].overload(backend), (input, values, metadata, None, activation, False)
+    )
+
+
+@each_backend
+def test_opcheck_the_others(backend):
+    input, values, metadata, bias, grad = make_case(6, 20, 9)
+    weight = make_weight(9, 20).requires_grad_()
+    mask = ops.sparse24_mask(weight)
+    cases = {
+        "sparse24_mask": (weight.detach(), True),
+        "sparse24_compress": (weight, mask),
+        "sparse24_gather": (weight, metadata),
+        "sparse24_decompress": (values.requires_grad_(), metadata, 20),
+        "sparse24_linear_ste": (
+            input.requires_grad_(),
+            weight,
+            values.detach(),
+            metadata,
+            bias,
+            3,
+            False,
+            0.1,
+        ),
+        "sparse24_linear_grad_input": (grad, values.detach(), metadata, 20),
+        "sparse24_linear_grad_values": (grad, input.detach(), metadata),
+    }
+    for name, args in cases.items():
+        torch.library.opcheck(OPS[name].overload(backend), args)
+
+
+@each_backend
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compile_keeps_one_graph(activation, backend):
+    case = make_case(12, 36, 10)
+    compiled = torch.compile(run_backward_of(activation, backend), fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (run_backward_of(activation, backend), compiled):
+        inputs = [t.clone().requires_grad_() for t in (case[0], case[1], case[3])]
+        function(inputs[0], inputs[1], case[2], inputs[2]).backward(case[4])
+        results.append([t.grad for t in inputs])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
+def run_backward_of(activation, backend):
+    def call(input, values, metadata, bias):
+        return ops.sparse24_linear(input, values, metadata, bias, activation=activation, backend=backend)
+
+    return call
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype, backend):
+    input, values, metadata, bias, _ = make_case(12, 36, 10)
+    values.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        output = ops.sparse24_linear(input, values, metadata, bias, activation="gelu", backend=backend)
+        mixed = ops.sparse24_linear(input.to(dtype), values, metadata, bias, backend=backend)
+    assert output.dtype == mixed.dtype == dtype
+    output.float().sum().backward()
+    assert values.grad.dtype == torch.float32 and values.grad.isfinite().all()
+
+
+def test_float64_runs_on_the_reference():
+    case = doubled(*make_case(5, 16, 3))
+    assert ops.sparse24_linear(*case[:4]).dtype == torch.float64
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.sparse24_linear(*case[:4], backend="native")
+
+
+def test_meta():
+    case = [t.to("meta") for t in make_case(5, 16, 3)]
+    assert ops.sparse24_linear(*case[:4]).shape == (5, 3)
+    assert ops.sparse24_decompress(case[1], case[2], 16).device.type == "meta"
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "change, error, text",
+    [
+        (dict(input=torch.zeros(5, 33)), ValueError, r"metadata must have shape .* 48 .*got \(7, 4\)"),
+        (dict(input=torch.zeros(5, 32, dtype=torch.int32)), TypeError, "input must be one of"),
+        (dict(input=torch.zeros(())), ValueError, r"input must have shape \[..., I\]"),
+        (dict(values=torch.zeros(7, 15)), ValueError, r"values must have shape .*\(7, 16\); got \(7, 15\)"),
+        (dict(values=torch.zeros(7, 16).double()), TypeError, "values must have the dtype of input"),
+        (dict(metadata=torch.zeros(7, 4)), TypeError, "metadata must be one of uint8"),
+        (dict(metadata=None), TypeError, "metadata must be a tensor"),
+        (dict(bias=torch.zeros(8)), ValueError, r"bias must have shape \[O\] = \(7\); got \(8,\)"),
+        (dict(activation="softmax"), ValueError, "activation must be one of .*'softmax'"),
+        (dict(backend="cuda"), ValueError, "backend must be one of"),
+    ],
+)
+def test_errors(change, error, text):
+    input, values, metadata, bias, _ = make_case(5, 32, 7)
+    arguments = dict(input=input, values=values, metadata=metadata, bias=bias) | change
+    with pytest.raises(error, match=text):
+        ops.sparse24_linear(**arguments)
+
+
+def test_native_checks_stand_alone():
+    """The second fence: the op itself, called without the public function."""
+    op = OPS["sparse24_linear"]
+    if "native" not in op.backends():
+        pytest.skip("the native library is not built")
+    input, values, metadata, bias, _ = make_case(5, 32, 7)
+    for args, error, text in (
+        ((input[0], values, metadata, bias, 0, False), ValueError, "input must be"),
+        ((input, values[:, :8], metadata, bias, 0, False), ValueError, "values must have shape"),
+        ((input, values, metadata[:, :2], bias, 0, False), ValueError, "metadata must have 4 columns"),
+        ((input, values, metadata.int(), bias, 0, False), TypeError, "metadata must be Byte"),
+        ((input, values, metadata, bias.double(), 0, False), TypeError, "bias must have the dtype"),
+        ((input, values, metadata, bias, 9, False), ValueError, "activation must be in"),
+    ):
+        with pytest.raises(error, match=text):
+            op(*args, backend="native")
+
+
+def test_other_errors():
+    weight = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match=r"mask must have shape that of weight = \(4, 8\); got \(4, 7\)"):
+        ops.sparse24_compress(weight, torch.zeros(4, 7, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be one of bool"):
+        ops.sparse24_compress(weight, torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="in_features must not be negative"):
+        ops.sparse24_decompress(torch.zeros(4, 8), torch.zeros(4, 2, dtype=torch.uint8), -1)
+    with pytest.raises(ValueError, match="decay must not be negative"):
+        ops.sparse24_linear_ste(torch.zeros(1, 8), weight, decay=-1.0)
+    with pytest.raises(TypeError, match="SparseSemiStructuredTensor"):
+        ops.sparse24_from_torch(weight)
+
+
+# ---- torch's own 2:4 tensors ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_from_torch(dtype):
+    weight = make_weight(64, 128, dtype=dtype)
+    weight = weight * ops.sparse24_mask(weight)
+    theirs = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)
+    values, metadata = ops.sparse24_from_torch(theirs)
+    assert torch.equal(ops.sparse24_decompress(values, metadata, 128), weight)
+    own = ops.sparse24_compress(weight, weight != 0)
+    assert torch.equal(values, own[0]) and torch.equal(metadata, own[1])
