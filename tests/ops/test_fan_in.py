@@ -18,7 +18,8 @@ from recsparse_kernels.testing.fan_in import dense_weight, make_case, multi_hot
 # (B, I, O, F, G): smallest, nothing aligned, empty, tile and panel edges, realistic
 SHAPES = [
     (1, 8, 1, 1, 1), (2, 9, 5, 3, 1), (5, 123, 41, 7, 1), (0, 16, 4, 2, 1), (4, 16, 0, 2, 1), (3, 8, 6, 0, 1),
-    (7, 40, 65, 17, 2), (16, 64, 128, 16, 16), (17, 50, 130, 33, 16), (33, 96, 200, 32, 32), (40, 70, 333, 31, 64),
+    (7, 40, 65, 17, 2), (16, 64, 128, 16, 16), (17, 50, 130, 33, 16), (33, 96, 200, 32, 32),
+    (40, 70, 333, 31, 64),
     (9, 30, 150, 8, 100), (64, 512, 256, 32, 1), (70, 60, 500, 20, 1), (32, 768, 1500, 32, 1),
 ]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,11 +32,10 @@ REFERENCE_RESULTS = {}  # of a test's cases, which every backend and instruction
 
 def check(name, op, arguments, backend, case, *key):
     """The twice rule for one op; ``arguments(case)`` gives its arguments, ``key`` names the case."""
-    if (op.name, name, *key) not in REFERENCE_RESULTS:
-        REFERENCE_RESULTS[op.name, name, *key] = [
-            _tuple(op.reference(*arguments(c))) for c in (case.double(), case)
-        ]
-    exact, baseline = REFERENCE_RESULTS[op.name, name, *key]
+    key = (op.name, name, *key)
+    if key not in REFERENCE_RESULTS:
+        REFERENCE_RESULTS[key] = [_tuple(op.reference(*arguments(c))) for c in (case.double(), case)]
+    exact, baseline = REFERENCE_RESULTS[key]
     actual = _tuple(op(*arguments(case), backend=backend))
     for i, parts in enumerate(zip(actual, exact, baseline, strict=True)):
         assert_close(f"{name}[{i}]", *parts)
@@ -66,10 +66,24 @@ def test_linear_and_gradients(shape, dtype, backend):
         shape,
         dtype,
     )
-    check("grad_input", fan_in_ops.LINEAR_GRAD_INPUT,
-          lambda c: (wide(c), c.weight, c.indices, in_features, group), backend, case, shape, dtype)  # fmt: skip
-    check("grad_weight", fan_in_ops.LINEAR_GRAD_WEIGHT,
-          lambda c: (wide(c), c.input, c.indices, group), backend, case, shape, dtype)  # fmt: skip
+    check(
+        "grad_input",
+        fan_in_ops.LINEAR_GRAD_INPUT,
+        lambda c: (wide(c), c.weight, c.indices, in_features, group),
+        backend,
+        case,
+        shape,
+        dtype,
+    )
+    check(
+        "grad_weight",
+        fan_in_ops.LINEAR_GRAD_WEIGHT,
+        lambda c: (wide(c), c.input, c.indices, group),
+        backend,
+        case,
+        shape,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("backend", backends("fan_in_loss"), indirect=True)
@@ -113,10 +127,24 @@ def test_topk_and_score(shape, dtype, backend):
         shape,
         dtype,
     )
-    check("grad_input", fan_in_ops.SCORE_GRAD_INPUT,
-          lambda c: (wide(c), c.weight, c.indices, candidates, shape[1], group), backend, case, shape, dtype)  # fmt: skip
-    check("grad_weight", fan_in_ops.SCORE_GRAD_WEIGHT,
-          lambda c: (wide(c), c.input, c.indices, candidates, shape[2], group), backend, case, shape, dtype)  # fmt: skip
+    check(
+        "grad_input",
+        fan_in_ops.SCORE_GRAD_INPUT,
+        lambda c: (wide(c), c.weight, c.indices, candidates, shape[1], group),
+        backend,
+        case,
+        shape,
+        dtype,
+    )
+    check(
+        "grad_weight",
+        fan_in_ops.SCORE_GRAD_WEIGHT,
+        lambda c: (wide(c), c.input, c.indices, candidates, shape[2], group),
+        backend,
+        case,
+        shape,
+        dtype,
+    )
     for k in {0, 1, min(5, shape[2]), min(70, shape[2])}:
         values, labels = ops.fan_in_topk(*case.layer, k, group_size=group, backend=backend)
         wide_case = case.double()
@@ -290,7 +318,8 @@ def test_loss_at_large_logits(kind, backend):
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(0, 40), in_features=st.integers(1, 40), out_features=st.integers(0, 150),
-    fan_in=st.integers(0, 20), group_size=st.integers(1, 70), index=st.sampled_from([torch.int16, torch.int32]),
+    fan_in=st.integers(0, 20), group_size=st.integers(1, 70),
+    index=st.sampled_from([torch.int16, torch.int32]),
     seed=st.integers(0, 99),
 )  # fmt: skip
 @native_only

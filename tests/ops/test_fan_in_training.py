@@ -71,8 +71,8 @@ def test_update_equals_torch_optim(name, group_size, backend):
         2 * output / output.numel(), *case.layer, update, group_size=group_size, backend=backend
     )
     assert update.step == 4
-    for what, actual, exact, baseline in zip(("loss", "weight", "bias"), (loss, case.weight, case.bias), *results,
-                                             strict=True):  # fmt: skip
+    ours = (loss, case.weight, case.bias)
+    for what, actual, exact, baseline in zip(("loss", "weight", "bias"), ours, *results, strict=True):
         assert_close(what, actual, exact, baseline, factor=4)  # four steps' rounding add up
 
 
@@ -106,7 +106,7 @@ def test_fused_gradient_to_the_input(backend):
 
 @pytest.mark.parametrize("backend", backends("fan_in_loss_step"), indirect=True)
 def test_stochastic_rounding(backend):
-    """Unbiased, between the two neighbours, seeded, and independent of anything but seed, step and element."""
+    """Unbiased, one of the two neighbours, and a function of seed, step and element alone."""
     case = make_case(1, 8, 4000, 8)
     weight = torch.full((4000, 8), 1.0 + 2**-7 * 0.25).bfloat16()  # 1.0
     grad = torch.ones(1, 4000).bfloat16()
