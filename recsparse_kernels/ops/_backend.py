@@ -146,9 +146,19 @@ class Op:
         for observer in OBSERVERS:
             observer(self, args, picked, backend)
         try:
-            return overload(*args)
+            result = overload(*args)
         except RuntimeError as error:
             raise _typed(error) from None
+        if picked == "native" and self.mutates:
+            self._count_versions(args)
+        return result
+
+    def _count_versions(self, args: Sequence) -> None:
+        """A native op writes behind autograd's back: tell it, so that a graph that saved the old values raises."""
+        for argument, value in zip(self._overloads["native"]._schema.arguments, args, strict=False):
+            if argument.name in self.mutates and value is not None:
+                written = [value] if isinstance(value, Tensor) else value
+                torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
 def default_shape_class(*args) -> str:
