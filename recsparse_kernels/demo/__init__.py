@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+GENERATED_ROWS, GENERATED_DOCUMENTS = 500_000, 36_000  # so that the whole run takes minutes on two cores
+READ_ROWS = 1_000_000  # of a longer click log, unless --rows says otherwise
 NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
 
@@ -22,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of generated data, splits, weights (default 0)")
     parser.add_argument(
         "--rows", type=int, default=None, metavar="N",
-        help="generated rows of the click log, or the first rows to read of one (default 300,000; 1,000,000)",
+        help="generated rows of the click log, or the first rows to read of one (default 500,000; 1,000,000)",
     )  # fmt: skip
     parser.add_argument(
-        "--passes", type=int, default=None, metavar="N", help="at most so many passes over the data"
+        "--passes", type=int, default=None, metavar="N", help="at most this many passes over the data"
     )
     parser.add_argument(
         "--timing-seconds", type=float, default=20.0, metavar="S",
@@ -58,17 +60,17 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _sources(args: argparse.Namespace) -> list:
+    """What to train on: the data asked for, or a generated click log and generated documents."""
+    import rich.console
+
     from .data import generate_click_log, generate_label_data, load
 
-    if args.data is not None:
-        return [load(args.data, max_rows=args.rows or 1_000_000, seed=args.seed)]
-    return [
-        generate_click_log(args.rows or 300_000, args.seed),
-        generate_label_data(min(args.rows or GENERATED_DOCUMENTS, GENERATED_DOCUMENTS), args.seed),
-    ]
-
-
-GENERATED_DOCUMENTS = 45_000
+    with rich.console.Console(stderr=True).status(f"reading {args.data}" if args.data else "generating data"):
+        if args.data is not None:
+            return [load(args.data, max_rows=args.rows or READ_ROWS, seed=args.seed)]
+        rows = args.rows or GENERATED_ROWS
+        documents = min(args.rows or GENERATED_DOCUMENTS, GENERATED_DOCUMENTS)
+        return [generate_click_log(rows, args.seed), generate_label_data(documents, args.seed)]
 
 
 def _run(args: argparse.Namespace, sources: list) -> None:
@@ -93,9 +95,14 @@ def _run(args: argparse.Namespace, sources: list) -> None:
         rich.progress.TimeRemainingColumn(),
     )  # fmt: skip
     sections = []
-    with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True)) as bars:
+    terminal = rich.console.Console(stderr=True)
+    with rich.progress.Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bars:
 
         def progress(what: str, steps: int):
+            if not terminal.is_terminal:  # a log file gets a line instead of a bar
+                print(f"{time.perf_counter() - started:6.0f} s  {what}", file=sys.stderr, flush=True)
+            for early in bars.tasks:  # stopped before its last step
+                bars.update(early.id, total=early.completed)
             task = bars.add_task(what, total=steps)
             return lambda count: bars.advance(task, count)
 

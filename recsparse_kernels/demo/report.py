@@ -66,8 +66,8 @@ def as_markdown(report: Report) -> str:
         lines += [f"- {line}" for line in section.description]
         lines += [f"- {name}: {value:.4f}" for name, value in section.extra.items()]
         for row in section.rows:
-            if row.swapped:
-                lines += ["", f"{row.model}:", "", *(f"- {line}" for line in row.swapped)]
+            lines += ["", f"{row.model} (passes over the training rows: {row.passes})", ""]
+            lines += [f"- {line}" for line in row.swapped]
     lines += ["", "![accuracy against bytes, and speed](report.png)", ""]
     return "\n".join(lines)
 
@@ -209,7 +209,8 @@ def _draw_speed(section: Section, panel) -> None:
         speeds += [dense.inference[size].p50_ms / row.inference[size].p50_ms for size in INFERENCE_BATCHES]
         places = [g - 0.4 + (i + 0.5) * width for g in range(len(groups))]
         bars = panel.bar(places, speeds, width * 0.92, color=color, label=row.model)
-        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        back = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}  # over the line of dense
+        panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=2, bbox=back)
     panel.axhline(1.0, color="black", linewidth=1)
     panel.set_xlim(-0.55, len(groups) - 0.2)
     panel.annotate(

@@ -113,7 +113,7 @@ def _turns(items: list):
 def _time(section, models, training, inference, seconds, advance) -> None:
     rows = {row.model: row for row in section.rows}
     share = seconds / (1 + len(INFERENCE_BATCHES))
-    # inference first: the timed steps train on, and a trained model's zeros must not count either way
+    # inference first: the timed steps train on
     with torch.inference_mode():
         for model in models.values():
             model.eval()

@@ -1,7 +1,6 @@
 """The main job: train dense, swap, fine-tune, compare; and a fixed fan-in head beside a dense one."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +15,6 @@ from .models import DLRM, DROPOUT, HIDDEN, LabelModel, set_prior
 from .results import Row, Section, time_clicks, time_labels
 from .train import ClickPlan, ClickTensors, LabelPlan, Rates, recommend, train_clicks, train_labels
 
-_LABEL_RATES = Rates(tables=0.05, rest=1e-3)
 Progress = Callable[[str, int], Callable[[int], None]]  # (what, steps) -> advance
 
 
@@ -138,12 +136,11 @@ def run_labels(
 
 def label_plan(data: LabelData, generated: bool) -> LabelPlan:
     """Passes that the size of the data asks for."""
-    plan = LabelPlan(batch=128, max_passes=25, rates=_LABEL_RATES, patience=25)
-    if generated:
-        return dataclasses.replace(plan, max_passes=1)
+    if generated:  # few passes, long steps
+        return LabelPlan(batch=128, max_passes=2, rates=Rates(tables=0.05, rest=3e-3), patience=2)
     if data.num_labels > 10_000:
-        return dataclasses.replace(plan, max_passes=12, patience=2)
-    return plan
+        return LabelPlan(batch=128, max_passes=12, rates=Rates(tables=0.05, rest=1e-3), patience=2)
+    return LabelPlan(batch=128, max_passes=25, rates=Rates(tables=0.05, rest=1e-3), patience=25)
 
 
 def _length(rows: slice) -> int:
