@@ -20,8 +20,9 @@ inline void check_sparse24_metadata(const Tensor& metadata, int64_t in_features)
   check_dim(metadata, 2, "metadata", "[O, I / 8], two-dimensional");
   check_dtype(metadata, ScalarType::Byte, "metadata");
   RS_CHECK_VALUE(metadata.size(1) == sparse24_padded(in_features) / 8, "metadata must have ",
-                 sparse24_padded(in_features) / 8, " columns, an eighth of in_features = ",
-                 in_features, " padded to a multiple of 16; got shape ", shape_text(metadata));
+                 sparse24_padded(in_features) / 8,
+                 " columns, an eighth of in_features = ", in_features,
+                 " padded to a multiple of 16; got shape ", shape_text(metadata));
 }
 
 inline void check_sparse24_packed(const Tensor& values, const Tensor& metadata,
@@ -50,7 +51,8 @@ inline Sparse24Sizes check_sparse24_linear(const Tensor& input, const Tensor& va
     RS_CHECK_VALUE(bias->size(0) == values.size(0), "bias must have ", values.size(0),
                    " elements, one for each row of values; got shape ", shape_text(*bias));
   }
-  RS_CHECK_VALUE(activation >= 0 && activation <= 5, "activation must be in [0, 5]; got ", activation);
+  RS_CHECK_VALUE(activation >= 0 && activation <= 5, "activation must be in [0, 5]; got ",
+                 activation);
   return {input.size(0), input.size(1), sparse24_padded(input.size(1)), values.size(0)};
 }
 
@@ -71,8 +73,9 @@ inline Sparse24Sizes check_sparse24_grad_values(const Tensor& grad_sum, const Te
   check_dim(input, 2, "input", "[B, I], two-dimensional");
   check_same_dtype(input, "input", grad_sum, "grad_sum");
   check_sparse24_metadata(metadata, input.size(1));
-  RS_CHECK_VALUE(grad_sum.size(0) == input.size(0), "grad_sum and input must have as many rows; got ",
-                 shape_text(grad_sum), " and ", shape_text(input));
+  RS_CHECK_VALUE(grad_sum.size(0) == input.size(0),
+                 "grad_sum and input must have as many rows; got ", shape_text(grad_sum), " and ",
+                 shape_text(input));
   RS_CHECK_VALUE(grad_sum.size(1) == metadata.size(0), "grad_sum must have ", metadata.size(0),
                  " columns, one for each row of metadata; got shape ", shape_text(grad_sum));
   return {input.size(0), input.size(1), sparse24_padded(input.size(1)), metadata.size(0)};

@@ -65,7 +65,7 @@ def why(op: Op, args: tuple, picked: str, asked: str | None) -> str:
     device, dtype = op.device_and_dtype(args)
     if asked is not None:
         return "asked for by backend="
-    entry = DETAILS.get((op.name, (device, dtype, op.shape_class(*args))))
+    entry = DETAILS.get((op.name, op.key(args)))
     if entry is not None and entry.backend == picked:
         return _measured_text(entry)
     return _default_text(op, device, dtype)

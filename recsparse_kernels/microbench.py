@@ -9,11 +9,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from . import nn as layers
+from . import tuning
 from ._table import Table, bytes_text, show
 from ._timing import interleaved
 from .config import cpu_level
@@ -122,13 +124,36 @@ def table(rows: list[dict]) -> Table:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", choices=sorted({case.family for case in cases()}))
     parser.add_argument("--rounds", type=int, default=15, help="how often each layer is timed (default 15)")
+    parser.add_argument(
+        "--tune", nargs="?", const="", metavar="FILE",
+        help="measure native against the dense path here; store the choice in the user's table or FILE",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON line for each case instead of a table")
+
+
+def tune_cases(chosen: list[Case], rounds: int, path: Path | None) -> tuning.TuneReport:
+    """Measure the backends of the ops that the cases call, with and without gradient, and store them."""
+    report = tuning.TuneReport()
+    for case in chosen:
+        torch.manual_seed(0)
+        _, ours, inputs = case.make()
+        for training in (False, True):
+            with torch.set_grad_enabled(training):
+                measured = tuning.tune(ours, *inputs, rounds=rounds, store=False)
+            report.entries += measured.entries
+            report.skipped += measured.skipped
+    if report.entries:
+        report.path = tuning.save(report.entries, path)
+    return report
 
 
 def main(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
     chosen = [case for case in cases() if not args.family or case.family in args.family]
+    if args.tune is not None:
+        tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None).show()
+        return 0
     rows = []
     for row in run(chosen, args.rounds):
         rows.append(row)

@@ -100,7 +100,9 @@ class Plan:
     def _judge_by_callable(self, site: Site, adapter) -> str:
         module = site.module
         candidate = adapter is not None or dense_type_of(module) is not None
-        reason = self._filtered(site) or (_unfit(site, adapter, any_tensor=True) if candidate and not self.restoring else "")
+        reason = self._filtered(site)
+        if not reason and candidate and not self.restoring:
+            reason = _unfit(site, adapter, any_tensor=True)
         if not reason and self.min_numel is not None and candidate:
             reason = self._too_small(module)
         if reason:

@@ -42,20 +42,19 @@ class Entry:
     op: str
     device: str
     dtype: torch.dtype
-    shape_class: tuple
+    training: bool  # measured forward and backward
+    shape_class: str
     backend: str
     milliseconds: dict[str, float]  # backend -> median
 
     @property
-    def key(self) -> tuple[str, torch.dtype, tuple]:
-        return self.device, self.dtype, self.shape_class
+    def key(self) -> tuple[str, torch.dtype, bool, str]:
+        return self.device, self.dtype, self.training, self.shape_class
 
     @property
     def shape(self) -> str:
-        """The shape class as people read it: "infer 512x1024, 1024x512"."""
-        training, *tensors = self.shape_class
-        sizes = ", ".join("x".join(str(2**exponent) for exponent in tensor) or "scalar" for tensor in tensors)
-        return f"{'train' if training else 'infer'} {sizes}"
+        """As people read it: "infer 512x1024, 1024x512"."""
+        return f"{'train' if self.training else 'infer'} {self.shape_class}"
 
     @property
     def times(self) -> str:
@@ -171,10 +170,12 @@ def _entry(item: dict[str, Any]) -> Entry:
     dtype = getattr(torch, item["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype {item['dtype']!r} is unknown")
-    training, *tensors = item["shape_class"]
-    shape_class = (bool(training), *(tuple(int(exponent) for exponent in tensor) for tensor in tensors))
-    times = {str(backend): float(ms) for backend, ms in item["milliseconds"].items()}
-    return Entry(str(item["op"]), str(item["device"]), dtype, shape_class, str(item["backend"]), times)
+    texts = [item[field] for field in ("op", "device", "shape_class", "backend")]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(item["training"], bool):
+        raise TypeError(f"fields of the wrong type in {item}")
+    op, device, shape_class, backend = texts
+    times = {str(name): float(ms) for name, ms in item["milliseconds"].items()}
+    return Entry(op, device, dtype, item["training"], shape_class, backend, times)
 
 
 def _item(entry: Entry) -> dict[str, Any]:
@@ -250,7 +251,7 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
         if asked is not None or op.mutates:
             continue
         device, dtype = op.device_and_dtype(args)
-        key = (op.name, device, dtype, op.shape_class(*args))
+        key = (op.name, *op.key(args))
         candidates = op.backends(device, dtype)
         if key in seen or len(candidates) < 2:
             continue
@@ -268,8 +269,7 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
 
 def _measure(op: Op, args: tuple, entry: Entry, candidates: tuple[str, ...], rounds: int) -> Entry | str:
     """The entry with times and the fastest backend; or why nothing is concluded."""
-    training = entry.shape_class[0]
-    runs = {backend: _runner(op, args, backend, training) for backend in candidates}
+    runs = {backend: _runner(op, args, backend, entry.training) for backend in candidates}
     results = {backend: run() for backend, run in runs.items()}
     if not all(_agree(result, results["reference"]) for result in results.values()):
         return f"{op.name} {entry.shape}: the backends' results differ, the default stays"

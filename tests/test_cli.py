@@ -6,8 +6,12 @@ import sys
 
 import pytest
 
-from recsparse_kernels import microbench
+from recsparse_kernels import cpu_levels, microbench, nn, tuning
 from recsparse_kernels.__main__ import load_object, main
+
+every_layer = pytest.mark.skipif(
+    not hasattr(nn, "LowRankLinear"), reason="this build of the package has no LowRankLinear"
+)
 
 MODEL = """
 import torch
@@ -48,6 +52,7 @@ def test_module_runs_as_a_command():
     assert result.returncode == 0 and "threads" in result.stdout, result.stderr
 
 
+@every_layer
 @pytest.mark.parametrize("budget", [["--memory", "0.7"], ["--max-error", "0.9", "--all", "--allow-slower"]])
 def test_advise(capsys, model_file, budget):
     assert main(["advise", f"{model_file}:small", *budget]) == 0
@@ -55,6 +60,7 @@ def test_advise(capsys, model_file, budget):
     assert "Advice" in out and "swap_modules(model, {" in out and "Linear" in out
 
 
+@every_layer
 def test_advise_with_a_sample_of_its_own(capsys, model_file):
     assert main(["advise", f"{model_file}:alone", "--sample", f"{model_file}:sample", "--exclude", "2"]) == 0
     assert "excluded as 2" in capsys.readouterr().out
@@ -92,6 +98,19 @@ def test_bench(capsys):
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert row["layer"] == "FixedFanInLinear" and row["ms"] > 0 and row["bytes"] < row["dense_bytes"]
     assert main(["bench", "--rounds", "0"]) == 2
+
+
+def test_bench_tune_stores_its_choices(tmp_path, capsys):
+    path = tmp_path / "measured.json"
+    assert main(["bench", "--family", "sparse24", "--rounds", "1", "--tune", str(path)]) == 0
+    assert "op shapes measured" in capsys.readouterr().out
+    try:
+        if cpu_levels():
+            entries = [entry for found in tuning._read(path).values() for entry in found]
+            assert {entry.op for entry in entries} == {"sparse24_linear"}
+            assert {entry.training for entry in entries} == {False, True}
+    finally:
+        tuning.load()  # without what was measured here
 
 
 def test_bench_table_has_every_case(capsys):

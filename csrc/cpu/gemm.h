@@ -132,6 +132,19 @@ RS_INLINE const float* as_float(const T* rows, int64_t row, int64_t count, int64
   return buffer;
 }
 
+// sum_k rows[k * row], one vector of columns: by sixteens, then those, so that the rounding error
+// grows with neither count.
+RS_INLINE Vec sum_column(const float* rows, int64_t row, int64_t depth) {
+  Vec total = zero();
+  for (int64_t k = 0; k < depth;) {
+    Vec part = zero();
+    for (const int64_t end = min_of(k + 16, depth); k < end; ++k)
+      part = part + load(rows + k * row);
+    total = total + part;
+  }
+  return total;
+}
+
 // ---- packing ----------------------------------------------------------------------------------
 
 // b[k, n] = source[k * row + n] for k in [0, depth), n in [0, columns): one panel of at most kPanel

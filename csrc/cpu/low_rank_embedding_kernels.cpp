@@ -236,7 +236,7 @@ template <class T>
 void max_grad_up(const LowRankBags<T>& p, int64_t first, int64_t last, T* grad_up, T* grad_mean,
                  float* scratch) {
   for (int64_t d = first; d < last; ++d) {
-    float total = 0.0f;
+    double total = 0.0;
     for (int64_t c = 0; c < padded(p.rank); c += kLanes) store(scratch + c, zero());
     for (int64_t b = 0; b < p.bags; ++b) {
       const int64_t at = p.max_positions[b * p.embedding_dim + d];
@@ -253,7 +253,7 @@ void max_grad_up(const LowRankBags<T>& p, int64_t first, int64_t last, T* grad_u
     for_each_vec(p.rank, [&](int64_t c, int64_t lanes) {
       store_lanes(grad_up + d * p.rank + c, load(scratch + c), lanes);
     });
-    if (grad_mean) grad_mean[d] = from_float<T>(total);
+    if (grad_mean) grad_mean[d] = from_float<T>(float(total));
   }
 }
 
@@ -309,6 +309,7 @@ void backward_bags(const LowRankBags<T>& p, int64_t begin, int64_t end, float* p
                                    rank_row, &pooled_stride);
     for (int64_t n = 0; n < p.embedding_dim; n += kDepthBlock) {
       const int64_t depth = min_of(p.embedding_dim - n, kDepthBlock);
+      float block_mean[kDepthBlock] = {};
       for (int64_t i = 0; i < rows; ++i) {
         // an unpooled lookup of padding_idx has no gradient at all
         const bool dropped = !p.starts && scales[i] == 0.0f;
@@ -318,9 +319,11 @@ void backward_bags(const LowRankBags<T>& p, int64_t begin, int64_t end, float* p
           const Vec v = dropped ? zero() : load_lanes(grad + c, lanes);
           store(grads + i * kDepthBlock + c, v);
           store(panels + (c / kPanel * kRowBlock + i) * kPanel + c % kPanel, v);
-          store(part_mean + n + c, fmadd(scale, v, load(part_mean + n + c)));
+          store(block_mean + c, fmadd(scale, v, load(block_mean + c)));
         });
       }
+      for (int64_t c = 0; c < depth; c += kLanes)
+        store(part_mean + n + c, load(part_mean + n + c) + load(block_mean + c));
       gemm(grads, kDepthBlock, 1, rows, p.up_panels + n * kPanel, p.embedding_dim * kPanel, p.rank,
            depth, grad_pooled, rank_row, n > 0);
       gemm(factor, 1, pooled_stride, p.rank, panels, kRowBlock * kPanel, depth, rows, part + n,

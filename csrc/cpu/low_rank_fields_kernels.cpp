@@ -49,8 +49,8 @@ template <class T, class Index>
 RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int64_t begin,
                             int64_t end, float* scratch) {
   const int64_t row = whole_vecs(p.dim);
-  float* sums = scratch;                       // sum_k x
-  float* squares = scratch + kRowBlock * row;  // sum_k x^2
+  float* sums = scratch;                     // sum_k x
+  float* pairs = scratch + kRowBlock * row;  // sum of x_j x_k over j < k
   for (; begin < end; begin += kRowBlock) {
     const int64_t rows = min_of(end - begin, kRowBlock);
     if (p.interaction)
@@ -70,9 +70,9 @@ RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int
           if (p.output) store_lanes(p.output + at * p.dim + c, x, lanes);
           if (p.interaction) {
             float* sum = sums + i * row + c;
-            float* square = squares + i * row + c;
+            float* pair = pairs + i * row + c;
+            store(pair, fmadd(x, load(sum), load(pair)));
             store(sum, load(sum) + x);
-            store(square, fmadd(x, x, load(square)));
           }
         });
       }
@@ -80,11 +80,8 @@ RS_INLINE void forward_rows(const LowRankFields<T>& p, const Index* indices, int
     if (!p.interaction) continue;
     for (int64_t i = 0; i < rows; ++i) {
       Vec total = zero();  // columns past D are zero: so are their projections and bias
-      for (int64_t c = 0; c < row; c += kLanes) {
-        const Vec sum = load(sums + i * row + c);
-        total = total + fmadd(sum, sum, zero() - load(squares + i * row + c));
-      }
-      p.interaction[begin + i] = from_float<T>(0.5f * sum_lanes(total));
+      for (int64_t c = 0; c < row; c += kLanes) total = total + load(pairs + i * row + c);
+      p.interaction[begin + i] = from_float<T>(sum_lanes(total));
     }
   }
 }
@@ -99,7 +96,7 @@ void forward(const LowRankFields<T>& p, int64_t begin, int64_t end, float* scrat
 
 template <class T>
 int64_t backward_scratch(const LowRankFields<T>& p) {
-  return (kRowBlock + 1) * whole_vecs(p.dim) + whole_vecs(p.rank);
+  return (kRowBlock + 1 + p.rank + 1) * whole_vecs(p.dim);
 }
 
 //   grad_x[b, k] = grad_output[b, k] + grad_fm[b] (sum_j x[b, j] - x[b, k])
@@ -110,6 +107,7 @@ void backward(const LowRankFields<T>& p, int64_t begin, int64_t end, float* part
   const int64_t row = whole_vecs(p.dim);
   float* sums = scratch;                   // sum_k x, for the FM term
   float* grad_x = sums + kRowBlock * row;  // of one row and field
+  float* block = grad_x + row;             // this block of rows' share of a field's part
   for (int64_t c = 0; c < p.fields * (p.rank + 1) * row; c += kLanes) store(part + c, zero());
   for (; begin < end; begin += kRowBlock) {
     const int64_t rows = min_of(end - begin, kRowBlock);
@@ -127,7 +125,7 @@ void backward(const LowRankFields<T>& p, int64_t begin, int64_t end, float* part
     }
     for (int64_t k = 0; k < p.fields; ++k) {
       const float* projection = p.projections + k * p.rank * row;
-      float* part_k = part + k * (p.rank + 1) * row;
+      for (int64_t c = 0; c < (p.rank + 1) * row; c += kLanes) store(block + c, zero());
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = (begin + i) * p.fields + k;
         const T* z = p.mid_in + at * p.rank;
@@ -139,7 +137,7 @@ void backward(const LowRankFields<T>& p, int64_t begin, int64_t end, float* part
                          load(sums + i * row + c) - x, grad);
           }
           store(grad_x + c, grad);
-          float* grad_bias = part_k + p.rank * row + c;
+          float* grad_bias = block + p.rank * row + c;
           store(grad_bias, load(grad_bias) + grad);
         });
         for (int64_t r = 0; r < p.rank; ++r) {
@@ -148,13 +146,16 @@ void backward(const LowRankFields<T>& p, int64_t begin, int64_t end, float* part
           for (int64_t c = 0; c < row; c += kLanes) {
             const Vec grad = load(grad_x + c);
             dot = fmadd(grad, load(projection + r * row + c), dot);
-            float* to = part_k + r * row + c;
+            float* to = block + r * row + c;
             store(to, fmadd(zr, grad, load(to)));
           }
           const float direct = p.grad_mid ? to_float(p.grad_mid[at * p.rank + r]) : 0.0f;
           p.grad_rows[at * p.rank + r] = from_float<T>(sum_lanes(dot) + direct);
         }
       }
+      float* part_k = part + k * (p.rank + 1) * row;
+      for (int64_t c = 0; c < (p.rank + 1) * row; c += kLanes)
+        store(part_k + c, load(part_k + c) + load(block + c));
     }
   }
 }

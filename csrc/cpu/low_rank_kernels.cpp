@@ -242,8 +242,11 @@ void columns(const LowRankColumns<T>& p, int64_t begin, int64_t end, float* scra
           Vec v = load_lanes(p.source + at + c, lanes);
           if (p.source_scale) v = v * load_lanes(p.source_scale + at + c, lanes);
           store(panels + (c / kPanel * kDepthBlock + i) * kPanel + c % kPanel, v);
-          if (p.column_sum) store(totals + c, load(totals + c) + v);
         });
+      }
+      for (int64_t c = 0; p.column_sum && c < count; c += kLanes) {
+        const float* panel = panels + c / kPanel * kDepthBlock * kPanel + c % kPanel;
+        store(totals + c, load(totals + c) + sum_column(panel, kPanel, depth));
       }
       gemm(p.factor + k * factor_row, 1, factor_row, p.rank, panels, kDepthBlock * kPanel, count,
            depth, sums, kColumnBlock, k > 0);
@@ -270,8 +273,9 @@ void columns(const LowRankColumns<T>& p, int64_t begin, int64_t end, float* scra
 template <class T>
 void sum_rows(const float* matrix, int64_t row, int64_t rows, int64_t n, T* out) {
   for_each_vec(n, [&](int64_t c, int64_t lanes) {
-    Vec total = zero();
-    for (int64_t i = 0; i < rows; ++i) total = total + load_lanes(matrix + i * row + c, lanes);
+    Vec total = zero();  // whole vectors may be read: rows are padded
+    for (int64_t i = 0; i < rows; i += kDepthBlock)
+      total = total + sum_column(matrix + i * row + c, row, min_of(rows - i, kDepthBlock));
     store_lanes(out + c, total, lanes);
   });
 }

@@ -13,10 +13,10 @@
 namespace recsparse {
 namespace {
 
-constexpr int64_t kPackedBytes = 8 << 20;       // panels of a batch packed at a time: stays in cache
-constexpr int64_t kPackColumns = 256;           // columns packed by one task
-constexpr int64_t kColumnBlock = 256;           // columns of one gradient task
-constexpr int64_t kSmallBatchInput = 32;        // rows up to which building lists does not pay
+constexpr int64_t kPackedBytes = 8 << 20;  // panels of a batch packed at a time: stays in cache
+constexpr int64_t kPackColumns = 256;      // columns packed by one task
+constexpr int64_t kColumnBlock = 256;      // columns of one gradient task
+constexpr int64_t kSmallBatchInput = 32;   // rows up to which building lists does not pay
 constexpr double kMulAddsPerThread = 64 << 10;  // hides a thread hand-off
 constexpr int64_t kChunkBytes = 24 * 1024;      // panel bytes that stay in L1 (a list chunk)
 
@@ -72,7 +72,8 @@ class Panels {
   int64_t batch_, columns_, group_;
 };
 
-// Packs one group of x [batch, valid] into scratch; panels of x and of the gradient have equal rows.
+// Packs one group of x [batch, valid] into scratch; panels of x and of the gradient have equal
+// rows.
 template <class T>
 void pack_group(const Sparse24LinearKernels<T>& kernels, const Panels& plan, int64_t group,
                 const Tensor& x, int64_t padded, float* scratch) {
@@ -89,17 +90,29 @@ void pack_group(const Sparse24LinearKernels<T>& kernels, const Panels& plan, int
                });
 }
 
-// Small batches: rows as float, zero up to a multiple of the widest step.
+// Few rows as float, zero up to a multiple of the widest step, with rows of zeros up to a whole
+// number of kernel batches.
 template <class T>
-int64_t widened_stride(int64_t columns) {
-  return ceil_div(columns, 32) * 32;
-}
-template <class T>
-void widen_rows(const Sparse24LinearKernels<T>& kernels, const Tensor& x, float* out) {
-  const int64_t stride = widened_stride<T>(x.size(1));
-  for (int64_t b = 0; b < x.size(0); ++b)
-    kernels.widen_row(data<T>(x) + b * x.stride(0), x.size(1), stride, out + b * stride);
-}
+class WideRows {
+ public:
+  explicit WideRows(const Tensor& x)
+      : stride(ceil_div(x.size(1), 32) * 32),
+        rows(ceil_div(x.size(0), kSmallBatch) * kSmallBatch),
+        floats_(rows * stride) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool present = r < x.size(0);
+      sparse24_linear_kernels<T>().widen_row(present ? data<T>(x) + r * x.stride(0) : data<T>(x),
+                                             present ? x.size(1) : 0, stride,
+                                             floats_.get() + r * stride);
+    }
+  }
+  const float* row(int64_t r) { return floats_.get() + r * stride; }
+
+  const int64_t stride, rows;
+
+ private:
+  Scratch<float> floats_;
+};
 
 // Outputs of one task, fewer where there would not be two tasks for every thread.
 int64_t output_block(int64_t panels, int64_t outputs) {
@@ -114,25 +127,23 @@ void linear_few_rows(const Sparse24Sizes& size, const Tensor& x, const Tensor& v
                      const Tensor& metadata, const T* bias, Activation activation, T* output,
                      T* sum) {
   const auto& kernels = sparse24_linear_kernels<T>();
-  const int64_t stride = widened_stride<T>(size.in_features), kept = size.padded / 2;
-  Scratch<float> rows(size.batch * stride);
-  widen_rows(kernels, x, rows.get());
+  const int64_t kept = size.padded / 2;
+  WideRows<T> rows(x);
   const int64_t block = output_block(1, size.out_features);
-  parallel_for(
-      ceil_div(size.out_features, block), grain(double(block) * double(kept * size.batch)),
-      [&](int64_t begin, int64_t end) {
-        const int64_t first = begin * block;
-        const int64_t count = std::min(size.out_features, end * block) - first;
-        for (int64_t b = 0; b < size.batch; b += kSmallBatch) {
-          const int64_t at = b * size.out_features + first;
-          kernels.linear_rows(rows.get() + b * stride, stride,
-                              int(std::min<int64_t>(kSmallBatch, size.batch - b)), size.padded,
-                              data<T>(values) + first * kept,
-                              data<uint8_t>(metadata) + first * (kept / 4), count,
-                              bias ? bias + first : nullptr, activation, output + at,
-                              sum ? sum + at : nullptr, size.out_features);
-        }
-      });
+  parallel_for(ceil_div(size.out_features, block), grain(double(block) * double(kept * size.batch)),
+               [&](int64_t begin, int64_t end) {
+                 const int64_t first = begin * block;
+                 const int64_t count = std::min(size.out_features, end * block) - first;
+                 for (int64_t b = 0; b < size.batch; b += kSmallBatch) {
+                   const int64_t at = b * size.out_features + first;
+                   kernels.linear_rows(rows.row(b), rows.stride,
+                                       int(std::min<int64_t>(kSmallBatch, size.batch - b)),
+                                       size.padded, data<T>(values) + first * kept,
+                                       data<uint8_t>(metadata) + first * (kept / 4), count,
+                                       bias ? bias + first : nullptr, activation, output + at,
+                                       sum ? sum + at : nullptr, size.out_features);
+                 }
+               });
 }
 
 template <class T>
@@ -148,25 +159,24 @@ void linear_panels(const Sparse24Sizes& size, const Tensor& x, const Tensor& val
     const int64_t panels = plan.panels(group);
     const int64_t block = output_block(panels, size.out_features);
     const int64_t blocks = ceil_div(size.out_features, block);
-    parallel_for(
-        panels * blocks, grain(double(block * plan.rows(group, 0)) * double(kept)),
-        [&](int64_t begin, int64_t end) {
-          Scratch<float> tile(kOutputBlock * plan.panel_rows());
-          Scratch<float> weights(kOutputBlock * 256);
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t panel = task / blocks, first = task % blocks * block;
-            const int64_t count = std::min(block, size.out_features - first);
-            const int vecs = plan.vecs(group, panel);
-            kernels.linear_panel(packed.get() + plan.offset(panel), vecs, size.padded,
-                                 data<T>(values) + first * kept,
-                                 data<uint8_t>(metadata) + first * (kept / 4), count, tile.get(),
-                                 weights.get());
-            const int64_t at = plan.first_row(group, panel) * size.out_features + first;
-            kernels.unpack_tile(tile.get(), vecs, plan.rows(group, panel), count,
-                                bias ? bias + first : nullptr, activation, output + at,
-                                sum ? sum + at : nullptr, size.out_features);
-          }
-        });
+    parallel_for(panels * blocks, grain(double(block * plan.rows(group, 0)) * double(kept)),
+                 [&](int64_t begin, int64_t end) {
+                   Scratch<float> tile(kOutputBlock * plan.panel_rows());
+                   Scratch<float> weights(kOutputBlock * 256);
+                   for (int64_t task = begin; task < end; ++task) {
+                     const int64_t panel = task / blocks, first = task % blocks * block;
+                     const int64_t count = std::min(block, size.out_features - first);
+                     const int vecs = plan.vecs(group, panel);
+                     kernels.linear_panel(packed.get() + plan.offset(panel), vecs, size.padded,
+                                          data<T>(values) + first * kept,
+                                          data<uint8_t>(metadata) + first * (kept / 4), count,
+                                          tile.get(), weights.get());
+                     const int64_t at = plan.first_row(group, panel) * size.out_features + first;
+                     kernels.unpack_tile(tile.get(), vecs, plan.rows(group, panel), count,
+                                         bias ? bias + first : nullptr, activation, output + at,
+                                         sum ? sum + at : nullptr, size.out_features);
+                   }
+                 });
   }
 }
 
@@ -195,7 +205,8 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
 std::tuple<Tensor, Tensor> sparse24_linear_ste(const Tensor& input, const Tensor& weight,
                                                const Tensor& values, const Tensor& metadata,
                                                const std::optional<Tensor>& bias,
-                                               int64_t activation, bool keep_sum, double /*decay*/) {
+                                               int64_t activation, bool keep_sum,
+                                               double /*decay*/) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
   return sparse24_linear(input, values, metadata, bias, activation, keep_sum);
 }
@@ -253,10 +264,10 @@ void grad_input_panels(const Sparse24Sizes& size, const Tensor& grad, const Tens
             const int vecs = plan.vecs(group, panel);
             for (int64_t i = 0; i < lists.blocks; ++i) {
               const int64_t o = i * lists.outputs;
-              grads.accumulate_lists(
-                  packed.get() + plan.offset(panel) + o * vecs * kernels.lanes, vecs,
-                  lists.starts.get() + i * (size.padded + 1) + first, lists.entries.get() + o * kept,
-                  lists.rows.get() + o * kept, count, tile.get(), i == 0);
+              grads.accumulate_lists(packed.get() + plan.offset(panel) + o * vecs * kernels.lanes,
+                                     vecs, lists.starts.get() + i * (size.padded + 1) + first,
+                                     lists.entries.get() + o * kept, lists.rows.get() + o * kept,
+                                     count, tile.get(), i == 0);
             }
             kernels.unpack_tile(tile.get(), vecs, plan.rows(group, panel), count, nullptr,
                                 Activation::kNone,
@@ -291,13 +302,13 @@ Tensor sparse24_linear_grad_input(const Tensor& grad_sum, const Tensor& values,
   const Sparse24Sizes size = check_sparse24_grad_input(grad_sum, values, metadata, in_features);
   const Tensor grad = with_unit_columns(grad_sum);
   const Tensor v = torch::stable::contiguous(values), m = torch::stable::contiguous(metadata);
-  Tensor out = size.out_features == 0 ? torch::stable::new_zeros(grad_sum, {size.batch, in_features})
-                                      : torch::stable::new_empty(grad_sum, {size.batch, in_features});
+  Tensor out = size.out_features == 0
+                   ? torch::stable::new_zeros(grad_sum, {size.batch, in_features})
+                   : torch::stable::new_empty(grad_sum, {size.batch, in_features});
   if (size.batch == 0 || in_features == 0 || size.out_features == 0) return out;
   with_float_type(grad_sum.scalar_type(), "grad_sum", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const auto run =
-        size.batch <= kSmallBatchInput ? grad_input_few_rows<T> : grad_input_panels<T>;
+    const auto run = size.batch <= kSmallBatchInput ? grad_input_few_rows<T> : grad_input_panels<T>;
     run(size, grad, v, m, mutable_data<T>(out));
   });
   return out;
@@ -306,17 +317,15 @@ Tensor sparse24_linear_grad_input(const Tensor& grad_sum, const Tensor& values,
 template <class T>
 void grad_values_few_rows(const Sparse24Sizes& size, const Tensor& grad, const Tensor& x,
                           const Tensor& metadata, T* out) {
-  const auto& kernels = sparse24_linear_kernels<T>();
-  const int64_t stride = widened_stride<T>(size.in_features), kept = size.padded / 2;
-  const int64_t grad_stride = widened_stride<T>(size.out_features);
-  Scratch<float> rows(size.batch * stride), grads(size.batch * grad_stride);
-  widen_rows(kernels, x, rows.get());
-  widen_rows(kernels, grad, grads.get());
-  parallel_for(size.out_features, grain(double(kept * size.batch)), [&](int64_t begin, int64_t end) {
-    sparse24_grad_kernels<T>().grad_values_rows(
-        grads.get() + begin, grad_stride, rows.get(), stride, int(size.batch),
-        data<uint8_t>(metadata) + begin * (kept / 4), size.padded, end - begin, out + begin * kept);
-  });
+  const int64_t kept = size.padded / 2;
+  WideRows<T> rows(x), grads(grad);
+  parallel_for(
+      size.out_features, grain(double(kept * size.batch)), [&](int64_t begin, int64_t end) {
+        sparse24_grad_kernels<T>().grad_values_rows(grads.row(0) + begin, grads.stride, rows.row(0),
+                                                    rows.stride, int(size.batch),
+                                                    data<uint8_t>(metadata) + begin * (kept / 4),
+                                                    size.padded, end - begin, out + begin * kept);
+      });
 }
 
 template <class T>
@@ -342,7 +351,8 @@ void grad_values_panels(const Sparse24Sizes& size, const Tensor& grad, const Ten
         [&](int64_t begin, int64_t end) {
           Scratch<float> sums(kOutputBlock * kColumnBlock / 2);
           for (int64_t task = begin; task < end; ++task) {
-            const int64_t first = task / across * kOutputBlock, column = task % across * kColumnBlock;
+            const int64_t first = task / across * kOutputBlock,
+                          column = task % across * kColumnBlock;
             const int64_t count = std::min<int64_t>(kOutputBlock, size.out_features - first);
             const int64_t column_end = std::min(size.padded, column + kColumnBlock);
             const int64_t width = (column_end - column) / 2;
@@ -412,8 +422,9 @@ std::tuple<Tensor, Tensor> sparse24_compress(const Tensor& weight, const Tensor&
   check_dim(mask, 2, "mask", "[O, I], two-dimensional");
   check_dtype(mask, ScalarType::Bool, "mask");
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  RS_CHECK_VALUE(mask.size(0) == rows && mask.size(1) == columns, "mask must have the shape of weight, ",
-                 shape_text(weight), "; got ", shape_text(mask));
+  RS_CHECK_VALUE(mask.size(0) == rows && mask.size(1) == columns,
+                 "mask must have the shape of weight, ", shape_text(weight), "; got ",
+                 shape_text(mask));
   const Tensor w = with_unit_columns(weight), kept = with_unit_columns(mask);
   const int64_t padded = sparse24_padded(columns);
   Tensor values = torch::stable::new_empty(weight, {rows, padded / 2});
@@ -476,12 +487,13 @@ Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata, int64_t
   Tensor dense = torch::stable::new_empty(values, {rows, in_features});
   with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    parallel_for(rows, grain(kMulAddsPerColumn * double(in_features)), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        sparse24_pack_kernels<T>().decompress_row(data<T>(v) + r * 4 * bytes,
-                                                  data<uint8_t>(m) + r * bytes, in_features,
-                                                  mutable_data<T>(dense) + r * in_features);
-    });
+    parallel_for(
+        rows, grain(kMulAddsPerColumn * double(in_features)), [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; ++r)
+            sparse24_pack_kernels<T>().decompress_row(data<T>(v) + r * 4 * bytes,
+                                                      data<uint8_t>(m) + r * bytes, in_features,
+                                                      mutable_data<T>(dense) + r * in_features);
+        });
   });
   return dense;
 }

@@ -5,14 +5,14 @@
 // Many rows: lanes are batch rows (panel.h). For grad_input the weights of a block of outputs are
 // transposed into one list a column; for grad_values each kept value is a dot product of two panel
 // rows. Few rows: lanes are columns, and values are expanded or inputs picked in registers.
-#include "sparse24_kernels.h"
-
 #include "panel.h"
+#include "sparse24_kernels.h"
 
 namespace recsparse::RS_ISA {
 namespace {
 
-constexpr int kChunkBytes = 24 * 1024;  // panel bytes per pass over the outputs: stays in a 32 KB L1
+constexpr int kChunkBytes =
+    24 * 1024;  // panel bytes per pass over the outputs: stays in a 32 KB L1
 
 RS_INLINE uint32_t read_bits(const uint8_t* from, int64_t bytes) {
   uint32_t bits = 0;
@@ -59,7 +59,7 @@ void accumulate_lists_vecs(const float* panel, const int32_t* starts, const floa
   for (int64_t c = 0; c < columns; ++c) {
     Vec acc[kVecs];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) acc[v] = first ? zero() : load(tile + c * kRows + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) acc[v] = zero();
     const int32_t end = starts[c + 1];
     for (int32_t e = starts[c]; e < end; ++e) {
       const float* from = panel + rows[e] * kRows;
@@ -68,7 +68,10 @@ void accumulate_lists_vecs(const float* panel, const int32_t* starts, const floa
       for (int v = 0; v < kVecs; ++v) acc[v] = fmadd(weight, load(from + v * kLanes), acc[v]);
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) store(tile + c * kRows + v * kLanes, acc[v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = tile + c * kRows + v * kLanes;
+      store(to, first ? acc[v] : load(to) + acc[v]);  // a sum of sums rounds less
+    }
   }
 }
 
@@ -91,7 +94,8 @@ RS_INLINE void add_expanded(const T* grad, int64_t grad_stride, int batch, const
     for (int o = 0; o < kOutputs; ++o) {
       const T* from = values + o * value_stride + k;
       const Vec weights = count == kLanes ? load(from) : load_first(from, count);
-      expand(weights, read_bits(positions + o * position_stride + k / 4, count / 4), low[o], high[o]);
+      expand(weights, read_bits(positions + o * position_stride + k / 4, count / 4), low[o],
+             high[o]);
     }
     for (int b = 0; b < batch; ++b) {
       float* to = sums + b * sums_stride + 2 * k;
@@ -130,13 +134,30 @@ void grad_input_rows(const T* grad, int64_t grad_stride, int batch, const T* val
                   last - c < kLanes ? last - c : kLanes);
 }
 
+// Dot products of the gradients of one output with the panel rows of kKept kept columns, in lanes.
+template <int kVecs, int kKept>
+RS_INLINE Vec dot_columns(const Vec (&g)[kVecs], const float* x, const uint8_t* positions) {
+  constexpr int64_t kRows = kVecs * kLanes;
+  constexpr int kShift = log2_of(kRows);
+  const uint64_t bits = uint64_t(read_bits(positions, kKept / 4)) << kShift;
+  Vec acc[kLanes];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes; ++k) {
+    acc[k] = zero();
+    if (k >= kKept) continue;
+    const float* column = x + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + k / 2 * 4 * kRows;
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) acc[k] = fmadd(g[v], load(column + v * kLanes), acc[k]);
+  }
+  return sum_each(acc);
+}
+
 template <int kVecs>
 void grad_values_panel_vecs(const float* grad_panel, const float* x_panel, const uint8_t* positions,
                             int64_t I, int64_t outputs, int64_t begin, int64_t end, float* sums,
                             int64_t sums_stride) {
   constexpr int64_t kRows = kVecs * kLanes;
-  constexpr int kShift = log2_of(kRows);
-  constexpr int64_t kStep = 2 * kLanes;                                // columns of kLanes kept values
+  constexpr int64_t kStep = 2 * kLanes;  // columns of kLanes kept values
   constexpr int64_t kChunk = kChunkBytes / 4 / kRows / kStep * kStep;  // columns
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
     const int64_t chunk_end = end - chunk < kChunk ? end : chunk + kChunk;
@@ -144,22 +165,16 @@ void grad_values_panel_vecs(const float* grad_panel, const float* x_panel, const
       Vec g[kVecs];
 #pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) g[v] = load(grad_panel + o * kRows + v * kLanes);
-      for (int64_t c = chunk; c < chunk_end; c += kStep) {
-        const int64_t count = chunk_end - c < kStep ? (chunk_end - c) / 2 : kLanes;
-        // a last half step reads column 0 of its missing groups through position 0: stays in range
-        const uint64_t bits = uint64_t(read_bits(positions + o * (I / 8) + c / 8, count / 4)) << kShift;
-        const float* x = x_panel + c * kRows;
-        Vec acc[kLanes];
-#pragma GCC unroll 16
-        for (int k = 0; k < kLanes; ++k) {
-          const int64_t group = k < count ? k / 2 * 4 * kRows : 0;
-          const float* column = x + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + group;
-          acc[k] = g[0] * load(column);
-#pragma GCC unroll 8
-          for (int v = 1; v < kVecs; ++v) acc[k] = fmadd(g[v], load(column + v * kLanes), acc[k]);
-        }
-        float* to = sums + o * sums_stride + (c - begin) / 2;
-        store_first(to, sum_each(acc) + load_first(to, count), count);
+      const uint8_t* from = positions + o * (I / 8);
+      float* to = sums + o * sums_stride - begin / 2;
+      int64_t c = chunk;
+      for (; c + kStep <= chunk_end; c += kStep) {
+        const Vec dots = dot_columns<kVecs, kLanes>(g, x_panel + c * kRows, from + c / 8);
+        store(to + c / 2, dots + load(to + c / 2));
+      }
+      if (c < chunk_end) {
+        const Vec dots = dot_columns<kVecs, 8>(g, x_panel + c * kRows, from + c / 8);
+        store_first(to + c / 2, dots + load_first(to + c / 2, 8), 8);
       }
     }
   }
@@ -208,16 +223,10 @@ void grad_values_rows(const float* grad, int64_t grad_stride, const float* x, in
     grad_values_rows_batch<T, decltype(tag)::value>(grad, grad_stride, x, x_stride, positions, I,
                                                     outputs, out);
   };
-  switch (batch) {
-    case 1: return run(IntTag<1>());
-    case 2: return run(IntTag<2>());
-    case 3: return run(IntTag<3>());
-    case 4: return run(IntTag<4>());
-    case 5: return run(IntTag<5>());
-    case 6: return run(IntTag<6>());
-    case 7: return run(IntTag<7>());
-    default: return run(IntTag<kSmallBatch>());
-  }
+  if (batch <= 1) return run(IntTag<1>());
+  if (batch <= 2) return run(IntTag<2>());
+  if (batch <= 4) return run(IntTag<4>());
+  run(IntTag<kSmallBatch>());
 }
 
 template <class T>
@@ -232,9 +241,9 @@ void narrow_row(const float* sums, int64_t count, T* out) {
 
 template <class T>
 const Sparse24GradKernels<T>& sparse24_grad_kernels() {
-  static constexpr Sparse24GradKernels<T> table = {
-      &build_lists<T>,       &accumulate_lists,    &grad_input_rows<T>,
-      &grad_values_panel, &grad_values_rows<T>, &narrow_row<T>};
+  static constexpr Sparse24GradKernels<T> table = {&build_lists<T>,      &accumulate_lists,
+                                                   &grad_input_rows<T>,  &grad_values_panel,
+                                                   &grad_values_rows<T>, &narrow_row<T>};
   return table;
 }
 RS_INSTANTIATE_KERNEL_TABLE(Sparse24GradKernels, sparse24_grad_kernels)

@@ -5,7 +5,8 @@
 // Two kernels, each with half the multiply-adds of the dense product:
 //   linear_panel  many rows: lanes are batch rows. A weight is broadcast, its position picks one of
 //                 four neighbouring panel rows by address; metadata costs two integer operations.
-//   linear_rows   few rows: lanes are kept values. Their positions become a register index, once for
+//   linear_rows   few rows: lanes are kept values. Their positions become a register index, once
+//   for
 //                 all rows, that picks the inputs in registers; reads half the weight bytes.
 #include "sparse24_kernels.h"
 
@@ -14,9 +15,10 @@
 namespace recsparse::RS_ISA {
 namespace {
 
-constexpr int kStep = 16;                // columns of one unrolled step: 8 kept, 16 position bits
-constexpr int kChunkBytes = 24 * 1024;   // panel bytes per pass over the outputs: stays in a 32 KB L1
-constexpr int kOutputsAhead = 4;         // weight rows prefetched: their stride defeats the hardware
+constexpr int kStep = 16;  // columns of one unrolled step: 8 kept, 16 position bits
+constexpr int kChunkBytes =
+    24 * 1024;                    // panel bytes per pass over the outputs: stays in a 32 KB L1
+constexpr int kOutputsAhead = 4;  // weight rows prefetched: their stride defeats the hardware
 
 template <class T>
 RS_INLINE uint32_t read_bits(const T* from, int bytes) {
@@ -29,9 +31,9 @@ constexpr int log2_of(int64_t n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // tile[o] += weights[o] times `steps` * kStep panel rows, for kOutputs outputs.
 template <int kVecs, int kOutputs>
-RS_INLINE void accumulate(const float* panel, int64_t steps, const float* weights,
-                          int64_t weight_stride, const uint8_t* positions, int64_t position_stride,
-                          float* tile, bool first) {
+__attribute__((noinline)) void accumulate(const float* panel, int64_t steps, const float* weights,
+                                          int64_t weight_stride, const uint8_t* positions,
+                                          int64_t position_stride, float* tile, bool first) {
   constexpr int64_t kRows = kVecs * kLanes;
   constexpr int kShift = log2_of(kRows);
   static_assert((int64_t(1) << kShift) == kRows, "a position is shifted into a panel offset");
@@ -39,15 +41,15 @@ RS_INLINE void accumulate(const float* panel, int64_t steps, const float* weight
 #pragma GCC unroll 8
   for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v)
-      acc[o][v] = first ? zero() : load(tile + o * kRows + v * kLanes);
+    for (int v = 0; v < kVecs; ++v) acc[o][v] = zero();
   for (int64_t step = 0; step < steps; ++step) {
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
       const uint64_t bits = uint64_t(read_bits(positions + o * position_stride, 2)) << kShift;
 #pragma GCC unroll 8
       for (int k = 0; k < kStep / 2; ++k) {
-        const float* column = panel + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + k / 2 * 4 * kRows;
+        const float* column =
+            panel + ((bits >> (2 * k)) & (uint64_t(3) << kShift)) + k / 2 * 4 * kRows;
         const Vec weight = broadcast(weights[o * weight_stride + k]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v)
@@ -61,7 +63,10 @@ RS_INLINE void accumulate(const float* panel, int64_t steps, const float* weight
 #pragma GCC unroll 8
   for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVecs; ++v) store(tile + o * kRows + v * kLanes, acc[o][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* to = tile + o * kRows + v * kLanes;
+      store(to, first ? acc[o][v] : load(to) + acc[o][v]);  // a sum of sums rounds less
+    }
 }
 
 template <class T>
@@ -128,11 +133,16 @@ RS_INLINE void dot_rows(const float* x, int64_t x_stride, int64_t kept, const T*
   for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 8
     for (int b = 0; b < kBatch; ++b) acc[o][b] = zero();
-  const auto step = [&](int64_t k, auto load_values, int position_bytes) __attribute__((always_inline)) {
+  constexpr int64_t kAhead =
+      1024 / int64_t(sizeof(T));  // prefetched: into the next rows at the end
+  const auto step = [&](int64_t k, auto load_values, int position_bytes)
+      __attribute__((always_inline)) {
     Vec weight[kOutputs];
     Picks columns[kOutputs];
+    const T* ahead = values + k + kAhead + (k + kAhead < kept ? 0 : (kOutputs - 1) * kept);
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o) {
+      __builtin_prefetch(ahead + o * kept);
       weight[o] = load_values(values + o * kept + k);
       columns[o] = kept_columns(read_bits(positions + o * (kept / 4) + k / 4, position_bytes));
     }
@@ -146,8 +156,7 @@ RS_INLINE void dot_rows(const float* x, int64_t x_stride, int64_t kept, const T*
     }
   };
   int64_t k = 0;
-  for (; k + kLanes <= kept; k += kLanes)
-    step(k, [](const T* p) { return load(p); }, kLanes / 4);
+  for (; k + kLanes <= kept; k += kLanes) step(k, [](const T* p) { return load(p); }, kLanes / 4);
   if (k < kept) step(k, [](const T* p) { return load_first(p, 8); }, 2);
 #pragma GCC unroll 8
   for (int o = 0; o < kOutputs; ++o)
@@ -156,7 +165,7 @@ RS_INLINE void dot_rows(const float* x, int64_t x_stride, int64_t kept, const T*
 }
 
 template <class T, int kBatch>
-void linear_rows_batch(const float* x, int64_t x_stride, int64_t I, const T* values,
+void linear_rows_batch(const float* x, int64_t x_stride, int batch, int64_t I, const T* values,
                        const uint8_t* positions, int64_t outputs, const T* bias,
                        Activation activation, T* output, T* pre, int64_t stride) {
   constexpr int kRegisters = kLanes == 16 ? 16 : 8;  // accumulators that leave room for the rest
@@ -173,7 +182,7 @@ void linear_rows_batch(const float* x, int64_t x_stride, int64_t I, const T* val
       dot_rows<T, kBatch, 1>(x, x_stride, kept, values + (block + o) * kept,
                              positions + (block + o) * (kept / 4), sums + o, kOutputBlock);
     with_activation(activation, [&](auto tag) {
-      for (int b = 0; b < kBatch; ++b)
+      for (int b = 0; b < batch; ++b)
         for (int64_t at = 0; at < count; at += kLanes) {
           const int64_t lanes = count - at < kLanes ? count - at : kLanes;
           const int64_t to = b * stride + block + at;
@@ -185,24 +194,19 @@ void linear_rows_batch(const float* x, int64_t x_stride, int64_t I, const T* val
   }
 }
 
+// Other batches than 1, 2, 4, 8 compute rows of zeros (x has them) and do not store those.
 template <class T>
 void linear_rows(const float* x, int64_t x_stride, int batch, int64_t I, const T* values,
                  const uint8_t* positions, int64_t outputs, const T* bias, Activation activation,
                  T* output, T* pre, int64_t stride) {
   const auto run = [&](auto tag) {
-    linear_rows_batch<T, decltype(tag)::value>(x, x_stride, I, values, positions, outputs, bias,
-                                               activation, output, pre, stride);
+    linear_rows_batch<T, decltype(tag)::value>(x, x_stride, batch, I, values, positions, outputs,
+                                               bias, activation, output, pre, stride);
   };
-  switch (batch) {
-    case 1: return run(IntTag<1>());
-    case 2: return run(IntTag<2>());
-    case 3: return run(IntTag<3>());
-    case 4: return run(IntTag<4>());
-    case 5: return run(IntTag<5>());
-    case 6: return run(IntTag<6>());
-    case 7: return run(IntTag<7>());
-    default: return run(IntTag<kSmallBatch>());
-  }
+  if (batch <= 1) return run(IntTag<1>());
+  if (batch <= 2) return run(IntTag<2>());
+  if (batch <= 4) return run(IntTag<4>());
+  run(IntTag<kSmallBatch>());
 }
 
 template <class T>

@@ -24,7 +24,8 @@ struct Sparse24LinearKernels {
   // output [rows, outputs] from a tile: bias, activation, transpose
   void (*unpack_tile)(const float* tile, int vecs, int64_t rows, int64_t outputs, const T* bias,
                       Activation activation, T* output, T* pre, int64_t stride);
-  // up to kSmallBatch rows of x [batch, x_stride] float, zero past I up to a multiple of 32
+  // up to kSmallBatch rows of x, float, zero past I up to a multiple of 32; rows of zeros follow up
+  // to a power of two
   void (*linear_rows)(const float* x, int64_t x_stride, int batch, int64_t I, const T* values,
                       const uint8_t* positions, int64_t outputs, const T* bias,
                       Activation activation, T* output, T* pre, int64_t stride);
@@ -46,11 +47,12 @@ struct Sparse24GradKernels {
   void (*grad_input_rows)(const T* grad, int64_t grad_stride, int batch, const T* values,
                           const uint8_t* positions, int64_t I, int64_t outputs, int64_t begin,
                           int64_t end, float* sums, T* out, int64_t out_stride, int64_t columns);
-  // sums [outputs, (end - begin) / 2] of columns [begin, end) += grad panel [outputs, rows] . x panel [I, rows]
+  // sums [outputs, (end - begin) / 2] of columns [begin, end) += grad panel [outputs, rows] . x
+  // panel [I, rows]
   void (*grad_values_panel)(const float* grad_panel, const float* x_panel, int vecs,
                             const uint8_t* positions, int64_t I, int64_t outputs, int64_t begin,
                             int64_t end, float* sums, int64_t sums_stride);
-  // the same for up to kSmallBatch rows; writes values
+  // the same for up to kSmallBatch rows, x and grad as in linear_rows; writes values
   void (*grad_values_rows)(const float* grad, int64_t grad_stride, const float* x, int64_t x_stride,
                            int batch, const uint8_t* positions, int64_t I, int64_t outputs, T* out);
   // out = sums

@@ -3,7 +3,6 @@
 //     bits 0-1, 2-3   first and second kept column of group 2 j
 //     bits 4-5, 6-7   the same of group 2 j + 1        first < second
 #include "sparse24_kernels.h"
-
 #include "vec.h"
 
 namespace recsparse::RS_ISA {
@@ -30,7 +29,8 @@ void mask_rows(const T* weight, int64_t stride, int64_t rows, int64_t columns, b
       for (int i = 0; i < kGroup; ++i) size[i] = c + i < columns ? magnitude(row[c + i]) : -1.0;
       for (int i = 0; i < kGroup && c + i < columns; ++i) {
         int larger = 0;  // of two equal ones the first is kept
-        for (int j = 0; j < kGroup; ++j) larger += size[j] > size[i] || (size[j] == size[i] && j < i);
+        for (int j = 0; j < kGroup; ++j)
+          larger += size[j] > size[i] || (size[j] == size[i] && j < i);
         mask[r * columns + c + i] = larger < 2;
       }
     }

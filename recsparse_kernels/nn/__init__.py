@@ -2,6 +2,10 @@
 
 from .fan_in import FixedFanInLinear
 from .fan_in_head import FanInHead, label_order
+from .low_rank import LowRankLinear
+from .low_rank_cross import CrossNet, LowRankCross, LowRankCrossNet
+from .low_rank_embedding import LowRankEmbedding, LowRankEmbeddingBag
+from .low_rank_fields import LowRankFields
 from .sparse24 import (
     SemiSparseLinear,
     Sparse24Linear,

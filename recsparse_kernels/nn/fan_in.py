@@ -109,7 +109,7 @@ class FixedFanInLinear(PackedModule):
     def loss_step(
         self, input: Tensor, positives: tuple[Tensor, Tensor], kind: str = "bce", reduction: str = "mean"
     ) -> tuple[Tensor, Tensor]:
-        """Loss, gradient to the input, and the step of the fused optimizer, in one pass (`ops.fan_in_loss_step`)."""
+        """Loss, gradient to the input, and the fused optimizer's step, in one pass over the labels."""
         if self.update is None:
             raise ValueError("loss_step needs an optimizer: call fuse_optimizer first")
         return ops.fan_in_loss_step(
@@ -196,8 +196,8 @@ class FixedFanInLinear(PackedModule):
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module must be an nn.Linear; got {type(module).__name__}")
         layer = torch.nn.utils.skip_init(
-            cls, module.in_features, module.out_features, fan_in, module.bias is not None, group_size=group_size,
-            device=module.weight.device, dtype=module.weight.dtype,
+            cls, module.in_features, module.out_features, fan_in, module.bias is not None,
+            group_size=group_size, device=module.weight.device, dtype=module.weight.dtype,
         )  # fmt: skip
         layer._load_dense(module)
         copy_requires_grad(layer, module)

@@ -89,12 +89,14 @@ class FanInHead(nn.Module):
         """As `FixedFanInLinear.loss`; only the dense block's ``[B, dense_labels]`` logits exist."""
         if kind not in LOSSES or reduction not in REDUCTIONS:
             raise ValueError(
-                f"kind must be one of {list(LOSSES)} and reduction one of {list(REDUCTIONS)}; got {kind!r}, {reduction!r}"
+                f"kind must be one of {list(LOSSES)} and reduction one of {list(REDUCTIONS)}; "
+                f"got {kind!r}, {reduction!r}"
             )
         hidden, (offsets, labels) = self._hidden(input), positives
         if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.out_features):
             raise IndexError(
-                f"labels must be in [0, {self.out_features}); got values from {int(labels.min())} to {int(labels.max())}"
+                f"labels must be in [0, {self.out_features}); "
+                f"got values from {int(labels.min())} to {int(labels.max())}"
             )
         if offsets.shape != (input.shape[0] + 1,) or bool((offsets.diff() < 0).any()):
             raise ValueError(f"offsets must have shape [B + 1] = [{input.shape[0] + 1}] and never decrease")

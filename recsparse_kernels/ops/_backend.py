@@ -20,8 +20,8 @@ NAMESPACES = {"native": "recsparse", "reference": "recsparse_reference"}
 BACKENDS = tuple(NAMESPACES)  # in order of preference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Measured choices, op -> (device type, dtype, shape class) -> backend; filled by recsparse_kernels.tuning.
-MEASURED: dict[str, dict[tuple[str, torch.dtype, tuple], str]] = {}
+# Measured choices, op -> `Op.key` of the call -> backend; filled by recsparse_kernels.tuning.
+MEASURED: dict[str, dict[tuple, str]] = {}
 
 # Called as observer(op, args, backend, asked) before each eager call, `asked` the caller's backend=.
 # recsparse_kernels.tuning and explain watch calls through it.
@@ -56,7 +56,7 @@ class Op:
         backward: Callable | None = None,
         setup_context: Callable | None = None,
         autocast: bool = True,
-        shape_class: Callable[..., tuple] | None = None,
+        shape_class: Callable[..., str] | None = None,
     ):
         self.name = reference.__name__
         self.reference = reference
@@ -106,7 +106,7 @@ class Op:
         if backend is None:
             table = MEASURED.get(self.name)
             if table and not torch.compiler.is_compiling():
-                measured = table.get((device_type, dtype, self.shape_class(*args)))
+                measured = table.get(self.key(args))
                 if measured in available:
                     return measured
             return available[0]
@@ -116,6 +116,11 @@ class Op:
                 f"got {backend!r}"
             )
         return backend
+
+    def key(self, args: Sequence) -> tuple[str, torch.dtype, bool, str]:
+        """What a measured choice depends on: device type, dtype, is a gradient wanted, shape class."""
+        training = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        return (*self.device_and_dtype(args), training, self.shape_class(*args))
 
     @staticmethod
     def device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
@@ -141,16 +146,25 @@ class Op:
         for observer in OBSERVERS:
             observer(self, args, picked, backend)
         try:
-            return overload(*args)
+            result = overload(*args)
         except RuntimeError as error:
             raise _typed(error) from None
+        if picked == "native" and self.mutates:
+            self._count_versions(args)
+        return result
+
+    def _count_versions(self, args: Sequence) -> None:
+        """A native op writes behind autograd's back: tell it, so that a graph that saved the old values raises."""
+        for argument, value in zip(self._overloads["native"]._schema.arguments, args, strict=False):
+            if argument.name in self.mutates and value is not None:
+                written = [value] if isinstance(value, Tensor) else value
+                torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
-def default_shape_class(*args) -> tuple:
-    """Whether a gradient is wanted, then each tensor's sizes as exponents of two, rounded up."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return (training, *(tuple((s - 1).bit_length() if s else 0 for s in t.shape) for t in tensors))
+def default_shape_class(*args) -> str:
+    """Each tensor's sizes, rounded up to powers of two: "1024x512, 512"."""
+    shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
+    return ", ".join("x".join(str(1 << (s - 1).bit_length() if s else 0) for s in shape) for shape in shapes)
 
 
 def _typed(error: RuntimeError) -> Exception:

@@ -110,8 +110,8 @@ class FanInUpdate:
         """The optimizer arguments of the ops, for the next step."""
         beta1 = self.momentum if self.kind == "sgd" else self.betas[0]
         return (
-            OPTIMIZERS[self.kind], float(self.lr), float(self.weight_decay), float(beta1), float(self.betas[1]),
-            float(self.eps), self.step + 1, self.stochastic_rounding, self.seed,
+            OPTIMIZERS[self.kind], float(self.lr), float(self.weight_decay), float(beta1),
+            float(self.betas[1]), float(self.eps), self.step + 1, self.stochastic_rounding, self.seed,
         )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def fan_in_linear(
             labels, in ``[0, I)``. Repeated columns in a row add up.
         bias: ``[O]`` or None.
         group_size: G, how many successive labels share a row of ``indices``.
-        update: steps weight and bias inside the backward pass (`fan_in_linear_update`); they get no ``.grad``.
+        update: steps weight and bias inside the backward pass (`fan_in_linear_update`); no ``.grad`` then.
         backend: "native" or "reference"; None takes the fastest that is available.
 
     Returns:
@@ -272,9 +272,10 @@ def fan_in_linear_update(
     group_size: int = 1,
     backend: str | None = None,
 ) -> None:
-    r"""One optimizer step on weight and bias from ``grad_output`` ``[B, O]``, in place; no ``[O, F]`` gradient exists.
+    r"""One optimizer step on weight and bias, in place, without an ``[O, F]`` gradient.
 
     Args:
+        grad_output: ``[B, O]``, the gradient of the loss to the layer's output.
         others: as in `fan_in_linear`, input ``[B, I]``.
     """
     check_shape("input", input, (None, None), "[B, I]")
@@ -386,7 +387,7 @@ def fan_in_rewire(
             count is exact, ties are broken at random.
         scope: with ``fraction``: "layer" (the smallest of the whole layer) or "row" (of each row of indices).
         state: optimizer tensors of shape ``[O, F]``, contiguous; set to 0 where rewired.
-        init_scale: 0 gives new connections weight 0 (as the paper); else uniform in (-init_scale, init_scale).
+        init_scale: 0 gives new connections weight 0, as the paper; else uniform in ±init_scale.
         allow_duplicates: False draws among the inputs that the row does not read yet.
         seed: of all random choices; the result does not depend on the number of threads.
 
@@ -424,8 +425,8 @@ def fan_in_rewire(
     amount = float(threshold if fraction is None else fraction)
     with torch.no_grad():
         return REWIRE(
-            weight, indices, list(state), in_features, group_size, criterion, _choice("scope", scope, SCOPES), amount,
-            float(init_scale), allow_duplicates, seed, backend=backend,
+            weight, indices, list(state), in_features, group_size, criterion, _choice("scope", scope, SCOPES),
+            amount, float(init_scale), allow_duplicates, seed, backend=backend,
         )  # fmt: skip
 
 
@@ -514,8 +515,8 @@ class _UpdatingLinear(torch.autograd.Function):
                 grad_output, weight, indices, input.shape[1], ctx.group_size, backend=ctx.backend
             )
         LINEAR_UPDATE(
-            grad_output, input, weight, indices, bias, ctx.update.state, ctx.group_size, *ctx.update._arguments(),
-            backend=ctx.backend,
+            grad_output, input, weight, indices, bias, ctx.update.state, ctx.group_size,
+            *ctx.update._arguments(), backend=ctx.backend,
         )  # fmt: skip
         ctx.update.step += 1
         return grad_input, *(None,) * 6

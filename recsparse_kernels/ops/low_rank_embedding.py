@@ -271,7 +271,7 @@ def low_rank_embedding(
         mean: ``[D]``, added to every row but that of ``padding_idx``; or None.
         padding_idx: lookups of this row add nothing to any gradient.
         scale_grad_by_freq: divide the gradient of a row by how often the batch looks it up.
-        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up (coalesced).
+        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each once.
         backend: "native" or "reference"; None takes the first available.
 
     Returns:
@@ -329,8 +329,8 @@ def low_rank_embedding_bag(
         include_last_offset: the last offset is the end of the last bag.
         padding_idx: lookups of this row are left out, of the mean's divisor too.
         scale_grad_by_freq: divide the gradient of a row by how often the batch looks it up; not for max.
-        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up (coalesced);
-            not for max.
+        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each
+            once; not for max.
         backend: "native" or "reference"; None takes the first available.
 
     Returns:
@@ -412,7 +412,7 @@ def low_rank_fields(
         bias: ``[F, D]`` (the fields' mean rows) or None.
         output: give ``x``.
         interaction: give the FM term.
-        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up (coalesced).
+        sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each once.
         backend: "native" or "reference"; None takes the first available.
 
     Returns:

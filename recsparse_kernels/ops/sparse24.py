@@ -131,7 +131,7 @@ def sparse24_linear(
     _check_operands(input, "values", values, bias, values.shape[0])
     code = activation_code(activation)
     keep_sum = needs_sum(code) and _wants_grad(input, values, bias)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = _as_rows(input)
     output, _ = _linear(rows, values, metadata, bias, code, keep_sum, backend=backend)
     return output.reshape(*input.shape[:-1], values.shape[0])
 
@@ -178,7 +178,7 @@ def sparse24_linear_ste(
     if mask is None:
         mask = sparse24_mask(frozen, backend=backend)
     values, metadata = sparse24_compress(frozen, mask, backend=backend)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = _as_rows(input)
     output, _ = _linear_ste(
         rows, weight, values, metadata, bias, code, keep_sum, float(decay), backend=backend
     )
@@ -208,6 +208,13 @@ def sparse24_from_torch(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return sparse24_compress(dense, dense != 0)
 
 
+def _as_rows(input: Tensor) -> Tensor:
+    """``[..., I]`` as ``[B, I]``; sizes are spelled out, as -1 has no meaning where I is 0."""
+    if input.dim() == 2:
+        return input
+    return input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
+
+
 def _check_metadata(metadata: Tensor, in_features: int, like_name: str, like: Tensor) -> None:
     check.check_dtype("metadata", metadata, (torch.uint8,))
     letters = f"[O, P / 8], P = {padded(in_features)} for in_features {in_features},"
@@ -225,7 +232,8 @@ def _check_packed(values: Tensor, metadata: Tensor, in_features: int) -> None:
 
 
 def _check_operands(input: Tensor, name: str, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
-    autocast = torch.is_autocast_enabled(input.device.type)  # casts the operands to one dtype
+    device_type = input.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # casts to one dtype
     for operand_name, operand in ((name, weight), ("bias", bias)):
         if operand is None:
             continue

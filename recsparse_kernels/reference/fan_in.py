@@ -2,7 +2,8 @@
 
     output[b, o] = sum_f weight[o, f] * input[b, indices[o // G, f]] + bias[o]
 
-    input [B, I]   weight [O, F]   indices [ceil(O / G), F] int16 or int32, values in [0, I)   bias [O] or None
+    input [B, I]   weight [O, F]   bias [O] or None
+    indices [ceil(O / G), F] int16 or int32, values in [0, I)
 
 Labels are taken in chunks, so that neither [B, O] (in losses and top-k) nor [B, O, F] ever exists.
 float16 and bfloat16 are widened: sums are in float32.
@@ -213,9 +214,9 @@ def fan_in_loss_step(
 def fan_in_topk(
     input: Tensor, weight: Tensor, indices: Tensor, bias: Tensor | None, k: int, group_size: int
 ) -> Tuple[Tensor, Tensor]:  # noqa: UP006
-    """The k largest logits of each row, largest first, and their labels (int64); equal logits: lowest label first.
+    """The k largest logits of each row, largest first, and their labels (int64).
 
-    NaN counts as the largest, as in torch.topk.
+    Equal logits: lowest label first. NaN counts as the largest, as in torch.topk.
     """
     _check_indices(indices, input.shape[1])
     x = _wide(input)
@@ -257,7 +258,7 @@ def fan_in_score_grad_input(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """grad_input[b, i] = sum over (c, f) with indices[label // G, f] = i of grad_output[b, c] * weight[label, f]"""
+    """grad_input[b, indices[label // G, f]] += grad_output[b, c] * weight[label, f]: [B, I]"""
     _check_indices(indices, in_features)
     _check_candidates(candidates, weight.shape[0])
     grad_input = _wide(grad_output).new_zeros(grad_output.shape[0], in_features)
@@ -277,7 +278,7 @@ def fan_in_score_grad_weight(
     out_features: int,
     group_size: int,
 ) -> Tensor:
-    """grad_weight[label, f] += grad_output[b, c] * input[b, indices[label // G, f]]: [O, F], 0 where not a candidate"""
+    """grad_weight[label, f] += grad_output[b, c] * input[b, indices[label // G, f]]: [O, F]"""
     _check_indices(indices, input.shape[1])
     _check_candidates(candidates, out_features)
     x = _wide(input)
@@ -489,7 +490,8 @@ def _positive_rows(offsets: Tensor, labels: Tensor, batch: int, out_features: in
         )
     if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < out_features):
         raise IndexError(
-            f"labels must be in [0, {out_features}); got values from {int(labels.min())} to {int(labels.max())}"
+            f"labels must be in [0, {out_features}); "
+            f"got values from {int(labels.min())} to {int(labels.max())}"
         )
     return torch.arange(batch, device=offsets.device).repeat_interleave((end - begin).long())
 
@@ -559,7 +561,8 @@ def _group_scores(weight: Tensor, rows: int, group_size: int) -> Tensor:
 def _check_indices(indices: Tensor, in_features: int) -> None:
     if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < in_features):
         raise IndexError(
-            f"indices must be in [0, {in_features}); got values from {int(indices.min())} to {int(indices.max())}"
+            f"indices must be in [0, {in_features}); "
+            f"got values from {int(indices.min())} to {int(indices.max())}"
         )
 
 

@@ -224,7 +224,7 @@ def low_rank_fields(
     for k in range(fields):
         _check_range(f"indices of field {k}", indices[:, k], int(starts[k + 1] - starts[k]))
     mid = table[indices + starts[:-1]]
-    output = torch.einsum("bkr,krd->bkd", mid, projections)
+    output = torch.einsum("bkr,krd->bkd", mid, projections).contiguous()
     if bias is not None:
         output = output + bias
     empty = table.new_empty(0, fields, dim), table.new_empty(0, 1)
@@ -248,8 +248,8 @@ def low_rank_fields_grad(
         if bias is not None:
             output = output + bias
         grad = grad + grad_interaction[:, :, None] * (output.sum(1, keepdim=True) - output)
-    grad_rows = torch.einsum("bkd,krd->bkr", grad, projections)
+    grad_rows = torch.einsum("bkd,krd->bkr", grad, projections).contiguous()
     if grad_mid is not None:
         grad_rows = grad_rows + grad_mid
     grad_bias = mid.new_empty(0, projections.shape[2]) if bias is None else grad.sum(0)
-    return grad_rows, torch.einsum("bkr,bkd->krd", mid, grad), grad_bias
+    return grad_rows, torch.einsum("bkr,bkd->krd", mid, grad).contiguous(), grad_bias

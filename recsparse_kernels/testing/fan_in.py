@@ -58,9 +58,7 @@ def make_case(
     if duplicates:
         indices = torch.randint(0, in_features, (rows, fan_in), generator=generator)
     else:
-        indices = torch.stack(
-            [torch.randperm(in_features, generator=generator)[:fan_in] for _ in range(rows)]
-        )
+        indices = torch.rand(rows, in_features, generator=generator).argsort(1)[:, :fan_in].contiguous()
     counts = torch.randint(0, 2 * positives + 1, (batch,), generator=generator) * (out_features > 0)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     labels = torch.randint(0, max(out_features, 1), (int(offsets[-1]),), generator=generator)

@@ -38,3 +38,9 @@ def make_case(
     values, metadata = reference.sparse24_compress(weight, reference.sparse24_mask(weight, False))
     input, bias, grad = (torch.randn(s, generator=generator).to(dtype) for s in ((B, I), (O,), (B, O)))
     return input, values, metadata, bias, grad
+
+
+def as_torch_packs(weight: Tensor) -> Tensor:
+    """torch's CUTLASS 2:4 tensor of a 16-bit weight; its own ``from_dense`` insists on a GPU."""
+    packed, meta = torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass(weight)
+    return torch.sparse.SparseSemiStructuredTensorCUTLASS(weight.shape, packed, meta, None, None, None)

@@ -18,6 +18,7 @@ from recsparse_kernels.nn import (
     swap_semi_sparse_linear_with_linear,
 )
 from recsparse_kernels.testing import backends
+from recsparse_kernels.testing.sparse24 import as_torch_packs
 
 pytestmark = pytest.mark.usefixtures("cpu_level") if len(backends("sparse24_linear")) > 1 else []
 
@@ -284,7 +285,7 @@ def test_converts_torch_semi_structured():
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     weight = weight * ops.sparse24_mask(weight)
     linear = nn.Linear(128, 64, dtype=torch.bfloat16)
-    linear.weight = nn.Parameter(torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight))
+    linear.weight = nn.Parameter(as_torch_packs(weight))
     layer = Sparse24Linear.from_dense(linear)
     assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, linear.bias)
 

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -11,12 +11,18 @@ from recsparse_kernels import ops
 from recsparse_kernels.ops._backend import OPS
 from recsparse_kernels.reference import sparse24 as reference
 from recsparse_kernels.testing import assert_close, backends
-from recsparse_kernels.testing.sparse24 import SHAPES, make_case, make_weight
+from recsparse_kernels.testing.sparse24 import SHAPES, as_torch_packs, make_case, make_weight
 
 BACKENDS = backends("sparse24_linear")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "gelu", "silu", "sigmoid", "tanh"]
 MASK_SHAPES = [(0, 8), (3, 0), (1, 1), (4, 4), (5, 13), (8, 64), (33, 367), (64, 130)]
+
+# the fixture sets the instruction level once for all examples of a test, as wanted
+settings.register_profile(
+    "sparse24", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+several = settings(settings.get_profile("sparse24"), max_examples=100)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
@@ -58,7 +64,7 @@ TILES = hnp.arrays("float32", (4, 8), elements=st.integers(-3, 3) | st.floats(-1
 
 
 @each_backend
-@settings(deadline=None, max_examples=150)
+@several
 @given(tile=TILES)
 def test_transposable_mask_is_the_best_of_all_patterns(tile, backend):
     weight = torch.from_numpy(tile)
@@ -74,7 +80,7 @@ def test_transposable_mask_is_the_best_of_all_patterns(tile, backend):
 
 
 @each_backend
-@settings(deadline=None, max_examples=150)
+@several
 @given(weight=hnp.arrays("float32", st.tuples(st.integers(0, 5), st.integers(0, 37)),
                          elements=st.integers(-2, 2) | st.floats(-1, 1, width=32)))  # fmt: skip
 def test_mask_keeps_the_largest_and_packs_exactly(weight, backend):
@@ -94,7 +100,7 @@ def test_mask_keeps_the_largest_and_packs_exactly(weight, backend):
 
 
 @each_backend
-@settings(deadline=None, max_examples=100)
+@several
 @given(data=st.data(), O=st.integers(1, 4), groups=st.integers(1, 9))
 def test_compress_takes_masks_with_fewer(data, O, groups, backend):
     """Any 0, 1 or 2 kept in a group; what is not kept is not stored, even at a filled position."""
@@ -480,7 +486,7 @@ def test_other_errors():
 def test_from_torch(dtype):
     weight = make_weight(64, 128, dtype=dtype)
     weight = weight * ops.sparse24_mask(weight)
-    theirs = torch.sparse.SparseSemiStructuredTensorCUTLASS.from_dense(weight)
+    theirs = as_torch_packs(weight)
     values, metadata = ops.sparse24_from_torch(theirs)
     assert torch.equal(ops.sparse24_decompress(values, metadata, 128), weight)
     own = ops.sparse24_compress(weight, weight != 0)

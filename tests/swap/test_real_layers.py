@@ -10,8 +10,6 @@ from torch import nn
 import recsparse_kernels as rk
 from recsparse_kernels import nn as layers
 
-BAGS = {"mode": "sum"}
-
 
 def linear():
     return nn.Linear(96, 80), torch.randn(12, 96)
@@ -43,7 +41,9 @@ def case(request):
     name, options, make, positional = request.param
     torch.manual_seed(0)
     dense, input = make()
-    cls = getattr(layers, name)
+    cls = getattr(layers, name, None)
+    if cls is None:
+        pytest.skip(f"this build of the package has no {name}")
     return nn.Sequential(dense), {type(dense): functools.partial(cls, **options)}, input, positional, cls
 
 
@@ -77,22 +77,15 @@ def test_optimizer_state_follows(case, kind):
     moments = {k: v for k, v in optimizer.state[model[0].weight].items() if v.dim()}
     result = rk.remap_optimizer(optimizer, rk.swap_modules(model, rules))
     states = {entry.name.split(".")[-1]: entry.state for entry in result.entries}
-    assert {state for name, state in states.items() if name != "bias"} == {
-        "carried" if positional else "fresh"
-    }
+    states.pop("bias", None)
+    assert set(states.values()) == {"carried" if positional else "fresh"}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters()}
+    if positional:
+        name, parameter = next((n, p) for n, p in model[0].named_parameters() if n != "bias")
+        for key, value in moments.items():
+            assert torch.equal(optimizer.state[parameter][key], model[0].pack_state(name, value))
     train(model, optimizer, input)
-    if not positional:
-        return
-    # what is carried is what was at the kept positions
-    back = {k: v.clone() for k, v in moments.items()}
-    name, parameter = next((n, p) for n, p in model[0].named_parameters() if n != "bias")
-    kept = model[0].pack_state(name, torch.ones_like(model[0].to_dense().weight)) != 0
-    for key, value in back.items():
-        packed = model[0].pack_state(name, value)
-        assert packed.shape == parameter.shape and bool(kept.any())
-        assert optimizer.state[parameter][key].shape == parameter.shape
 
 
 def test_pack_state_is_the_inverse_of_the_dense_view(case):
@@ -112,9 +105,7 @@ def test_explain_and_tune(case, tmp_path, monkeypatch):
     rk.swap_modules(model, rules)
     rows = rk.explain(model, input).rows
     assert rows and all(row[3] in ("native", "reference") for row in rows)
-    assert all(
-        "pass sample_input" in row[4] or row[3] in ("native", "reference") for row in rk.explain(model).rows
-    )
+    assert all(row[3] in ("native", "reference") for row in rk.explain(model).rows)
     try:
         report = rk.tune(model, input, rounds=1)
         measured = {entry.op for entry in report.entries}
@@ -126,6 +117,10 @@ def test_explain_and_tune(case, tmp_path, monkeypatch):
 
 
 def test_default_candidates_of_advise():
+    missing = [name for name, *_ in CASES if not hasattr(layers, name)]
+    if missing:
+        pytest.skip(f"this build of the package has no {', '.join(missing)}")
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

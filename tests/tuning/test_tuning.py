@@ -121,7 +121,7 @@ def test_store_false_writes_nothing(op):
 
 
 def test_the_users_file_wins_over_the_shipped_one(op):
-    key = ("tuning_probe", "cpu", torch.float32, (False, (7, 3), (3,)))
+    key = ("tuning_probe", "cpu", torch.float32, False, "128x8, 8")
     tuning.save([tuning.Entry(*key, "reference", {"native": 2.0, "reference": 1.0})], tuning.SHIPPED)
     tuning.load()
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_users_file_wins_over_the_shipped_one(op):
 
 def test_other_machines_entries_are_kept_and_not_used(op, monkeypatch):
     entry = tuning.Entry(
-        "tuning_probe", "cpu", torch.float32, (False, (7, 3), (3,)), "reference", {"reference": 1.0}
+        "tuning_probe", "cpu", torch.float32, False, "128x8, 8", "reference", {"reference": 1.0}
     )
     with monkeypatch.context() as context:
         context.setattr(tuning, "machine_class", lambda: "another machine")
