@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "glibc_pow.h"
 #include "fan_in_chunks.h"
 
 namespace recsparse {
