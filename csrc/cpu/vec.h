@@ -120,7 +120,9 @@ RS_INLINE Vec load(const bf16* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
-RS_INLINE Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+RS_INLINE Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
 RS_INLINE Vec load_first(const float* p, int64_t n) {
   return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
 }
@@ -159,6 +161,7 @@ RS_INLINE void store_first(f16* p, Vec a, int64_t n) {
 // Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
 // compressing straight from or to memory is microcoded on Zen 4.
 RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  asm("" : "+v"(packed.v));  // or the compiler folds the load of `packed` into the expansion
   return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
 }
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
@@ -266,8 +269,8 @@ RS_INLINE void store_first_16bit(T* p, __m128i bits, int64_t n) {
 RS_INLINE void store_first(bf16* p, Vec a, int64_t n) { store_first_16bit(p, to_bf16_bits(a), n); }
 RS_INLINE void store_first(f16* p, Vec a, int64_t n) { store_first_16bit(p, to_f16_bits(a), n); }
 
-// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not set),
-// `compress` gives lane j the position of the j-th set bit.
+// Lane permutations for every byte of mask: `expand` gives lane i the rank of bit i (0x80: not
+// set), `compress` gives lane j the position of the j-th set bit.
 struct LanePermutations {
   uint8_t expand[256][8];
   uint8_t compress[256][8];
@@ -323,12 +326,24 @@ RS_INLINE LaneMask first_lanes(int64_t n) {
   for (int i = 0; i < kLanes; ++i) m.v[i] = i < n;
   return m;
 }
-RS_INLINE Vec zero() { return each_lane([](int) { return 0.0f; }); }
-RS_INLINE Vec broadcast(float x) { return each_lane([&](int) { return x; }); }
-RS_INLINE Vec operator+(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] + b.v[i]; }); }
-RS_INLINE Vec operator-(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] - b.v[i]; }); }
-RS_INLINE Vec operator*(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] * b.v[i]; }); }
-RS_INLINE Vec operator/(Vec a, Vec b) { return each_lane([&](int i) { return a.v[i] / b.v[i]; }); }
+RS_INLINE Vec zero() {
+  return each_lane([](int) { return 0.0f; });
+}
+RS_INLINE Vec broadcast(float x) {
+  return each_lane([&](int) { return x; });
+}
+RS_INLINE Vec operator+(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] + b.v[i]; });
+}
+RS_INLINE Vec operator-(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] - b.v[i]; });
+}
+RS_INLINE Vec operator*(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] * b.v[i]; });
+}
+RS_INLINE Vec operator/(Vec a, Vec b) {
+  return each_lane([&](int i) { return a.v[i] / b.v[i]; });
+}
 RS_INLINE Vec fmadd(Vec a, Vec b, Vec c) { return a * b + c; }
 RS_INLINE Vec fnmadd(Vec a, Vec b, Vec c) { return c - a * b; }
 RS_INLINE Vec min(Vec a, Vec b) {
@@ -337,7 +352,9 @@ RS_INLINE Vec min(Vec a, Vec b) {
 RS_INLINE Vec max(Vec a, Vec b) {
   return each_lane([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-RS_INLINE Vec sqrt(Vec a) { return each_lane([&](int i) { return __builtin_sqrtf(a.v[i]); }); }
+RS_INLINE Vec sqrt(Vec a) {
+  return each_lane([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
 RS_INLINE Vec round_to_int(Vec a) {
   return each_lane([&](int i) { return __builtin_rintf(a.v[i]); });
 }

@@ -15,8 +15,6 @@ Bags are ``indices[offsets[b] : offsets[b + 1]]``, or without offsets the rows o
 A ``padding_idx`` of -1 means none.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -39,9 +37,9 @@ def _bits(bytes_: Tensor, count: int) -> Tensor:
 def row_positions(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     embedding_dim: int,
     indices: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +61,9 @@ def row_positions(
         kept = torch.zeros(len(indices), embedding_dim, dtype=torch.bool, device=rows.device)
         count = end - start
         row = torch.repeat_interleave(torch.arange(len(indices), device=rows.device), count)
-        within = torch.arange(len(row), device=rows.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        within = torch.arange(len(row), device=rows.device) - torch.repeat_interleave(
+            count.cumsum(0) - count, count
+        )
         kept[row, columns[start[row] + within].long()] = True
     else:
         kept = _bits(rows[indices, :mask_bytes], embedding_dim)
@@ -93,7 +93,7 @@ def _check_indices(indices: Tensor, num_embeddings: int) -> None:
 
 
 def _bags(
-    indices: Tensor, offsets: Optional[Tensor], mode: int, include_last_offset: bool, num_embeddings: int
+    indices: Tensor, offsets: Tensor | None, mode: int, include_last_offset: bool, num_embeddings: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat indices [N], the bag of each [N] (indices in no bag are cut off), first lookup of each bag [B]."""
     _check_indices(indices, num_embeddings)
@@ -104,7 +104,11 @@ def _bags(
         return flat, each, each
     if offsets is None:
         bags, length = indices.shape
-        return flat, torch.arange(bags, device=device).repeat_interleave(length), torch.arange(bags, device=device) * length
+        return (
+            flat,
+            torch.arange(bags, device=device).repeat_interleave(length),
+            torch.arange(bags, device=device) * length,
+        )
     offsets = offsets.long()
     if include_last_offset and offsets.numel() == 0:
         raise ValueError("offsets must have at least one entry with include_last_offset")
@@ -124,7 +128,9 @@ def _bags(
     return flat[: int(ends[-1])], bag, ends[:-1]
 
 
-def _bag_scale(flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
+def _bag_scale(
+    flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
     """1, or for mean 1 / number of lookups without padding, [B]."""
     if mode != MEAN:
         return torch.ones(bags, dtype=dtype, device=flat.device)
@@ -136,9 +142,9 @@ def _bag_scale(flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int
 def masked_embedding(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
     num_embeddings: int,
     embedding_dim: int,
@@ -155,12 +161,12 @@ def masked_embedding(
 def masked_embedding_bag(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
-    offsets: Optional[Tensor],
-    per_sample_weights: Optional[Tensor],
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
     mode: int,
@@ -198,11 +204,11 @@ def masked_embedding_bag_grad_per_sample_weights(
     grad_output: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
-    offsets: Optional[Tensor],
+    offsets: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
     mode: int,
@@ -243,13 +249,13 @@ def masked_embedding_bag_grad_values(
     grad_output: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
-    offsets: Optional[Tensor],
-    per_sample_weights: Optional[Tensor],
-    argmax: Optional[Tensor],
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    argmax: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
     mode: int,
@@ -271,12 +277,12 @@ def masked_embedding_bag_grad_touched(
     grad_output: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
-    offsets: Optional[Tensor],
-    per_sample_weights: Optional[Tensor],
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
     mode: int,
@@ -304,13 +310,13 @@ def masked_embedding_bag_update(
     second_state: Tensor,
     grad_output: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
-    offsets: Optional[Tensor],
-    per_sample_weights: Optional[Tensor],
-    argmax: Optional[Tensor],
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    argmax: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
     mode: int,
@@ -357,9 +363,9 @@ def masked_embedding_bag_update(
 def masked_embedding_renorm(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     indices: Tensor,
     num_embeddings: int,
     embedding_dim: int,
@@ -382,9 +388,9 @@ def masked_embedding_renorm(
 def masked_embedding_unpack(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
@@ -397,9 +403,9 @@ def masked_embedding_unpack_grad_values(
     grad_output: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
@@ -414,14 +420,14 @@ def masked_embedding_unpack_grad_values(
 def masked_embedding_repack(
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     new_values: Tensor,
     new_rows: Tensor,
-    new_bases: Optional[Tensor],
-    new_starts: Optional[Tensor],
-    new_columns: Optional[Tensor],
+    new_bases: Tensor | None,
+    new_starts: Tensor | None,
+    new_columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
@@ -437,28 +443,33 @@ def masked_embedding_matmul_t(
     input: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
     """``input [B, D] @ W.T``, [B, V]."""
-    return input @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim).t()
+    return (
+        input
+        @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim).t()
+    )
 
 
 def masked_embedding_matmul_t_grad_input(
     grad_output: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
     """``grad_output [B, V] @ W``, [B, D]."""
-    return grad_output @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
+    return grad_output @ masked_embedding_unpack(
+        values, rows, bases, starts, columns, num_embeddings, embedding_dim
+    )
 
 
 def masked_embedding_matmul_t_grad_values(
@@ -466,9 +477,9 @@ def masked_embedding_matmul_t_grad_values(
     input: Tensor,
     values: Tensor,
     rows: Tensor,
-    bases: Optional[Tensor],
-    starts: Optional[Tensor],
-    columns: Optional[Tensor],
+    bases: Tensor | None,
+    starts: Tensor | None,
+    columns: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
 ) -> Tensor:
@@ -476,3 +487,57 @@ def masked_embedding_matmul_t_grad_values(
     return masked_embedding_unpack_grad_values(
         grad_output.t() @ input, values, rows, bases, starts, columns, num_embeddings, embedding_dim
     )
+
+
+def record_masks(
+    like: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    kept: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Mask bits [V, ceil(D/8)] of a table in records, first element of each record [V], mask elements."""
+    size, mask_bytes = like.element_size(), (embedding_dim + 7) // 8
+    mask_elements = -(-mask_bytes // size)
+    row = torch.arange(num_embeddings, device=records.device)
+    begins = row * (mask_elements + kept)
+    if kept < 0:
+        begins = bases[row // BASE_ROWS] + (starts.long() & 0xFFFFFFFF)
+    byte = (begins * size).unsqueeze(1) + torch.arange(mask_bytes, device=records.device)
+    return records.view(torch.uint8)[byte], begins, mask_elements
+
+
+def masked_embedding_records(
+    like: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    kept: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> Tensor:
+    """Lookups in a table whose rows are records of mask and values (ops/masked_embedding_records.py):
+    pooled rows [B, D], or [N, D] in mode 3. ``kept`` is k of layout fixed_k, else -1."""
+    bits, begins, mask_elements = record_masks(
+        like, records, starts, bases, num_embeddings, embedding_dim, kept
+    )
+    keep = _bits(bits, embedding_dim)
+    at = (begins + mask_elements).unsqueeze(1) + keep.long().cumsum(1) - 1
+    weight = like.new_zeros(keep.shape)
+    weight[keep] = records.view(like.dtype)[at[keep]]
+    full = torch.nn.functional.pad(weight.new_ones(keep.shape, dtype=torch.uint8), (0, -embedding_dim % 8))
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    rows = (full.unflatten(1, (-1, 8)) * places).sum(2, dtype=torch.uint8)
+    output, _ = masked_embedding_bag(
+        weight, rows, None, None, None, indices, offsets, per_sample_weights, num_embeddings, embedding_dim,
+        mode, padding_idx, include_last_offset, False, False,
+    )  # fmt: skip
+    return output
