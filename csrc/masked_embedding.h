@@ -66,8 +66,8 @@ inline void check_masked_table(const MaskedTableArgs& table) {
     check_vector(*table.bases, ScalarType::Long, base_count(V), "bases");
     bytes += 4;
   }
-  RS_CHECK_VALUE(table.rows.size(0) == rows && table.rows.size(1) == bytes, "rows must have shape [", rows,
-                 ", ", bytes, "]; got ", shape_text(table.rows));
+  RS_CHECK_VALUE(table.rows.size(0) == rows && table.rows.size(1) == bytes,
+                 "rows must have shape [", rows, ", ", bytes, "]; got ", shape_text(table.rows));
 }
 
 inline void check_index_dtype(const Tensor& t, const char* name) {

@@ -24,86 +24,64 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   m.def(
       "sparse24_linear_grad_input(Tensor grad_sum, Tensor values, Tensor metadata, SymInt in_features) "
       "-> Tensor");
-  m.def(
-      "sparse24_linear_grad_values(Tensor grad_sum, Tensor input, Tensor metadata) -> Tensor");
+  m.def("sparse24_linear_grad_values(Tensor grad_sum, Tensor input, Tensor metadata) -> Tensor");
 
   // ---- masked_embedding ----
   m.def(
-      "masked_embedding(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? "
-      "columns, Tensor indices, SymInt num_embeddings, SymInt embedding_dim, SymInt "
-      "padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor");
+      "masked_embedding(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, SymInt num_embeddings, SymInt embedding_dim, SymInt padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor");
   m.def(
-      "masked_embedding_bag(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, "
-      "Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt "
-      "num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool "
-      "include_last_offset, bool scale_grad_by_freq, bool sparse) -> (Tensor, Tensor)");
+      "masked_embedding_bag(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq, bool sparse) -> (Tensor, Tensor)");
   m.def(
-      "masked_embedding_bag_grad_per_sample_weights(Tensor grad_output, Tensor values, "
-      "Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? "
-      "offsets, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt "
-      "padding_idx, bool include_last_offset) -> Tensor");
+      "masked_embedding_records(Tensor like, Tensor records, Tensor starts, Tensor bases, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt embedding_dim, SymInt kept, SymInt mode, SymInt padding_idx, bool include_last_offset) -> Tensor");
   m.def(
-      "masked_embedding_bag_grad_values(Tensor grad_output, Tensor values, Tensor rows, "
-      "Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, "
-      "Tensor? per_sample_weights, Tensor? argmax, SymInt num_embeddings, SymInt "
-      "embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset, bool "
-      "scale_grad_by_freq) -> Tensor");
+      "masked_embedding_bag_grad_per_sample_weights(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset) -> Tensor");
   m.def(
-      "masked_embedding_bag_grad_touched(Tensor grad_output, Tensor values, Tensor rows, "
-      "Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, "
-      "Tensor? per_sample_weights, SymInt num_embeddings, SymInt embedding_dim, SymInt "
-      "mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq) -> "
-      "(Tensor, Tensor)");
+      "masked_embedding_bag_grad_values(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, Tensor? argmax, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq) -> Tensor");
   m.def(
-      "masked_embedding_bag_update(Tensor(a0!) values, Tensor(a1!) state, Tensor(a2!) "
-      "second_state, Tensor grad_output, Tensor rows, Tensor? bases, Tensor? starts, "
-      "Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, "
-      "Tensor? argmax, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt "
-      "padding_idx, bool include_last_offset, bool scale_grad_by_freq, SymInt optimizer, "
-      "float lr, float beta1, float beta2, float eps, SymInt step) -> ()");
+      "masked_embedding_bag_grad_touched(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq) -> (Tensor, Tensor)");
   m.def(
-      "masked_embedding_renorm(Tensor(a0!) values, Tensor rows, Tensor? bases, Tensor? "
-      "starts, Tensor? columns, Tensor indices, SymInt num_embeddings, SymInt "
-      "embedding_dim, float max_norm, float norm_type) -> ()");
+      "masked_embedding_bag_update(Tensor(a0!) values, Tensor(a1!) state, Tensor(a2!) second_state, Tensor grad_output, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, Tensor? argmax, SymInt num_embeddings, SymInt embedding_dim, SymInt mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq, SymInt optimizer, float lr, float beta1, float beta2, float eps, SymInt step) -> ()");
   m.def(
-      "masked_embedding_unpack(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, "
-      "Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
+      "masked_embedding_renorm(Tensor(a0!) values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor indices, SymInt num_embeddings, SymInt embedding_dim, float max_norm, float norm_type) -> ()");
   m.def(
-      "masked_embedding_unpack_grad_values(Tensor grad_output, Tensor values, Tensor rows, "
-      "Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt "
-      "embedding_dim) -> Tensor");
+      "masked_embedding_unpack(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
   m.def(
-      "masked_embedding_repack(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, "
-      "Tensor? columns, Tensor new_values, Tensor new_rows, Tensor? new_bases, Tensor? "
-      "new_starts, Tensor? new_columns, SymInt num_embeddings, SymInt embedding_dim) -> "
-      "Tensor");
+      "masked_embedding_unpack_grad_values(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
   m.def(
-      "masked_embedding_matmul_t(Tensor input, Tensor values, Tensor rows, Tensor? bases, "
-      "Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> "
-      "Tensor");
+      "masked_embedding_repack(Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, Tensor new_values, Tensor new_rows, Tensor? new_bases, Tensor? new_starts, Tensor? new_columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
   m.def(
-      "masked_embedding_matmul_t_grad_input(Tensor grad_output, Tensor values, Tensor rows, "
-      "Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt "
-      "embedding_dim) -> Tensor");
+      "masked_embedding_matmul_t(Tensor input, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
   m.def(
-      "masked_embedding_matmul_t_grad_values(Tensor grad_output, Tensor input, Tensor "
-      "values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt "
-      "num_embeddings, SymInt embedding_dim) -> Tensor");
+      "masked_embedding_matmul_t_grad_input(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
+  m.def(
+      "masked_embedding_matmul_t_grad_values(Tensor grad_output, Tensor input, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
 
   // ---- low_rank ----
   // `needs` of the gradient ops: bits 1 input (x), 2 down, 4 up, 8 mid_bias, 16 bias, 32 x0
-  m.def("low_rank_linear(Tensor input, Tensor down, Tensor up, Tensor? mid_bias, Tensor? bias, SymInt mid_activation, SymInt activation, bool keep_mid) -> (Tensor, Tensor)");
-  m.def("low_rank_linear_grad(Tensor grad_output, Tensor input, Tensor down, Tensor up, Tensor mid, Tensor? bias, Tensor? output, SymInt mid_activation, SymInt activation, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("low_rank_cross(Tensor x0, Tensor x, Tensor down, Tensor up, Tensor? bias, bool keep_mid) -> (Tensor, Tensor)");
-  m.def("low_rank_cross_grad(Tensor grad_output, Tensor x0, Tensor x, Tensor down, Tensor up, Tensor mid, Tensor? bias, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("low_rank_embedding_bag(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq, bool sparse, bool keep_pooled) -> (Tensor, Tensor)");
-  m.def("low_rank_embedding_bag_grad(Tensor grad_output, Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, Tensor pooled, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool needs_sample_weights) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("low_rank_embedding_bag_max(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor offsets, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor)");
-  m.def("low_rank_embedding_bag_max_grad(Tensor grad_output, Tensor table, Tensor up, Tensor indices, Tensor positions, bool needs_mean) -> (Tensor, Tensor, Tensor)");
-  m.def("low_rank_rows_grad(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> Tensor");
-  m.def("low_rank_rows_grad_sparse(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor, Tensor)");
-  m.def("low_rank_fields(Tensor table, Tensor starts, Tensor projections, Tensor? bias, Tensor indices, bool with_output, bool with_interaction, bool sparse) -> (Tensor, Tensor, Tensor)");
-  m.def("low_rank_fields_grad(Tensor? grad_mid, Tensor? grad_output, Tensor? grad_interaction, Tensor mid, Tensor projections, Tensor? bias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_linear(Tensor input, Tensor down, Tensor up, Tensor? mid_bias, Tensor? bias, SymInt mid_activation, SymInt activation, bool keep_mid) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_linear_grad(Tensor grad_output, Tensor input, Tensor down, Tensor up, Tensor mid, Tensor? bias, Tensor? output, SymInt mid_activation, SymInt activation, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_cross(Tensor x0, Tensor x, Tensor down, Tensor up, Tensor? bias, bool keep_mid) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_cross_grad(Tensor grad_output, Tensor x0, Tensor x, Tensor down, Tensor up, Tensor mid, Tensor? bias, SymInt needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_embedding_bag(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool scale_grad_by_freq, bool sparse, bool keep_pooled) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_embedding_bag_grad(Tensor grad_output, Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, Tensor pooled, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset, bool needs_sample_weights) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_embedding_bag_max(Tensor table, Tensor up, Tensor? mean, Tensor indices, Tensor offsets, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_embedding_bag_max_grad(Tensor grad_output, Tensor table, Tensor up, Tensor indices, Tensor positions, bool needs_mean) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_rows_grad(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> Tensor");
+  m.def(
+      "low_rank_rows_grad_sparse(Tensor grad_pooled, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, SymInt num_embeddings, SymInt pooling_mode, SymInt padding_idx, bool include_last_offset) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_fields(Tensor table, Tensor starts, Tensor projections, Tensor? bias, Tensor indices, bool with_output, bool with_interaction, bool sparse) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "low_rank_fields_grad(Tensor? grad_mid, Tensor? grad_output, Tensor? grad_interaction, Tensor mid, Tensor projections, Tensor? bias) -> (Tensor, Tensor, Tensor)");
 
   // ---- fan_in ----
   m.def(

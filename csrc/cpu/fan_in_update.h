@@ -4,8 +4,8 @@
 #include <cmath>
 #include <vector>
 
-#include "glibc_pow.h"
 #include "fan_in_chunks.h"
+#include "glibc_pow.h"
 
 namespace recsparse {
 

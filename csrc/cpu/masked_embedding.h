@@ -25,6 +25,7 @@ MaskedTable<T> masked_table(const MaskedTableArgs& args) {
   table.rows_size = args.rows.numel();
   table.rows = data<uint8_t>(args.rows);
   table.nnz = args.values.numel();
+  table.mean_bytes = table.nnz * int64_t(sizeof(T)) / std::max<int64_t>(1, args.num_embeddings);
   table.values = data<T>(args.values);
   table.bases = args.bases ? data<int64_t>(*args.bases) : nullptr;
   if (args.columns) {
@@ -42,8 +43,9 @@ MaskedTable<T> masked_table(const MaskedTableArgs& args) {
 }
 
 inline void check_consistent(bool consistent) {
-  RS_CHECK_VALUE(consistent,
-                 "the table contradicts itself: a row's mask and start lie outside values; was it cut short?");
+  RS_CHECK_VALUE(
+      consistent,
+      "the table contradicts itself: a row's mask and start lie outside values; was it cut short?");
 }
 
 // Raises IndexError unless all of `indices` are in [0, num_embeddings).
@@ -54,22 +56,25 @@ inline void check_index_range(const Tensor& indices, int64_t num_embeddings) {
     std::atomic<bool> outside{false};
     parallel_for(indices.numel(), 16384, [&](int64_t begin, int64_t end) {
       int64_t sign = 0;  // negative once any index or V - 1 - index is
-      for (int64_t j = begin; j < end; ++j) sign |= int64_t(p[j]) | (num_embeddings - 1 - int64_t(p[j]));
+      for (int64_t j = begin; j < end; ++j)
+        sign |= int64_t(p[j]) | (num_embeddings - 1 - int64_t(p[j]));
       if (sign < 0) outside.store(true, std::memory_order_relaxed);
     });
     if (!outside.load()) return;
     int64_t j = 0;
     while (p[j] >= 0 && p[j] < num_embeddings) ++j;
-    RS_CHECK_INDEX(false, "indices must be in [0, ", num_embeddings, "), the rows of the table; got ",
-                   int64_t(p[j]), " at position ", j);
+    RS_CHECK_INDEX(false, "indices must be in [0, ", num_embeddings,
+                   "), the rows of the table; got ", int64_t(p[j]), " at position ", j);
   });
 }
 
 // The bags that an op describes, checked: indices in range, offsets ascending from 0. The tensors
 // must outlive the result.
-inline Bags check_bags(const MaskedTableArgs& table, const Tensor& indices, const MaybeTensor& offsets,
-                       const MaybeTensor& weights, int64_t mode, int64_t padding_idx, bool last_offset) {
-  RS_CHECK_VALUE(mode >= 0 && mode <= 3, "mode must be 0 (sum), 1 (mean), 2 (max) or 3 (each); got ", mode);
+inline Bags check_bags(const MaskedTableArgs& table, const Tensor& indices,
+                       const MaybeTensor& offsets, const MaybeTensor& weights, int64_t mode,
+                       int64_t padding_idx, bool last_offset) {
+  RS_CHECK_VALUE(mode >= 0 && mode <= 3,
+                 "mode must be 0 (sum), 1 (mean), 2 (max) or 3 (each); got ", mode);
   check_index_dtype(indices, "indices");
   RS_CHECK_VALUE(indices.is_contiguous(), "indices must be contiguous");
   Bags bags = {};
@@ -98,9 +103,10 @@ inline Bags check_bags(const MaskedTableArgs& table, const Tensor& indices, cons
       const int64_t here = bags.wide_offsets ? static_cast<const int64_t*>(bags.offsets)[b]
                                              : static_cast<const int32_t*>(bags.offsets)[b];
       RS_CHECK_VALUE(b || here == 0, "offsets must start at 0; got ", here);
-      RS_CHECK_VALUE(here >= before, "offsets must not descend; got ", before, " then ", here, " at ", b);
-      RS_CHECK_VALUE(here <= bags.count, "offsets must not pass the number of indices, ", bags.count,
-                     "; got ", here, " at ", b);
+      RS_CHECK_VALUE(here >= before, "offsets must not descend; got ", before, " then ", here,
+                     " at ", b);
+      RS_CHECK_VALUE(here <= bags.count, "offsets must not pass the number of indices, ",
+                     bags.count, "; got ", here, " at ", b);
       before = here;
     }
   } else {

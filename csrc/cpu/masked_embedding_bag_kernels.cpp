@@ -1,6 +1,6 @@
 // Pooled lookups in a masked table (masked_embedding_kernels.h).
-//   sum, mean   output[b] = scale(b) sum_j weights[j] W[indices[j]],  scale 1 or 1 / lookups in the bag
-//   max         output[b] = max_j W[indices[j]], the first of equal ones
+//   sum, mean   output[b] = scale(b) sum_j weights[j] W[indices[j]],  scale 1 or 1 / lookups in the
+//   bag max         output[b] = max_j W[indices[j]], the first of equal ones
 // Padding is left out of all of them; an empty bag gives 0.
 #include "masked_embedding_rows.h"
 
@@ -19,7 +19,8 @@ RS_INLINE void prefetch_ahead(const Reader& reader, const Bags& in, int64_t j, i
 
 // Columns [column, column + kVectors kLanes) of bags [begin, end).
 template <int kVectors, class T, class Reader>
-bool sum_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end, int64_t column, T* output) {
+bool sum_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end, int64_t column,
+                 T* output) {
   const MaskedTable<T>& table = reader.table;
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
@@ -71,8 +72,8 @@ bool bag_sum(const MaskedTable<T>& table, const Bags& in, int64_t begin, int64_t
 }
 
 template <int kVectors, class T, class Reader>
-bool max_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end, int64_t column, T* output,
-                 int32_t* argmax) {
+bool max_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end, int64_t column,
+                 T* output, int32_t* argmax) {
   const MaskedTable<T>& table = reader.table;
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
@@ -127,7 +128,8 @@ bool bag_max(const MaskedTable<T>& table, const Bags& in, int64_t begin, int64_t
              int32_t* argmax) {
   return with_reader(table, [&](const auto& reader) {
     bool consistent = true;
-    for (int64_t column = 0; column < table.dim; column += 64)  // half of sum's: two registers a vector
+    for (int64_t column = 0; column < table.dim;
+         column += 64)  // half of sum's: two registers a vector
       with_vectors(table.dim - column < 64 ? table.dim - column : 64, [&](auto n) {
         if constexpr (n.value * kLanes <= 64)
           consistent &= max_columns<n.value>(reader, in, begin, end, column, output, argmax);
@@ -137,8 +139,8 @@ bool bag_max(const MaskedTable<T>& table, const Bags& in, int64_t begin, int64_t
 }
 
 template <int kVectors, class T, class Reader>
-bool grad_weights_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end, int64_t column,
-                          const T* grad_output, float* grad_weights) {
+bool grad_weights_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t end,
+                          int64_t column, const T* grad_output, float* grad_weights) {
   const MaskedTable<T>& table = reader.table;
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
@@ -154,7 +156,8 @@ bool grad_weights_columns(const Reader& reader, const Bags& in, int64_t begin, i
     Vec grad[kVectors];
     const T* grad_row = grad_output + b * table.dim + column;
     for (int v = 0; v < kVectors; ++v)
-      grad[v] = load_columns(grad_row + v * kLanes, table.dim - column - v * kLanes) * broadcast(scale);
+      grad[v] =
+          load_columns(grad_row + v * kLanes, table.dim - column - v * kLanes) * broadcast(scale);
     for (int64_t j = bag_begin; j < bag_end; ++j) {
       prefetch_ahead(reader, in, j, last);
       const int64_t i = in.index(j);
@@ -166,8 +169,8 @@ bool grad_weights_columns(const Reader& reader, const Bags& in, int64_t begin, i
         if (!reader.template read<kWords>(i, column / 64, bits, &start))
           consistent = false;
         else
-          consistent &= for_each_vector<kVectors>(table, bits, start,
-                                                  [&](int v, Vec row) { acc = fmadd(row, grad[v], acc); });
+          consistent &= for_each_vector<kVectors>(
+              table, bits, start, [&](int v, Vec row) { acc = fmadd(row, grad[v], acc); });
         dot = sum_lanes(acc);
       }
       grad_weights[j] = column ? grad_weights[j] + dot : dot;
@@ -183,8 +186,8 @@ bool bag_grad_weights(const MaskedTable<T>& table, const Bags& in, int64_t begin
     bool consistent = true;
     for (int64_t column = 0; column < table.dim; column += 8 * kLanes)
       with_vectors(table.dim - column, [&](auto n) {
-        consistent &=
-            grad_weights_columns<n.value>(reader, in, begin, end, column, grad_output, grad_weights);
+        consistent &= grad_weights_columns<n.value>(reader, in, begin, end, column, grad_output,
+                                                    grad_weights);
       });
     return consistent;
   });

@@ -8,6 +8,7 @@
 #include <memory>
 #include <tuple>
 
+#include "glibc_pow.h"
 #include "masked_embedding.h"
 #include "radix_sort.h"
 
@@ -29,7 +30,8 @@ class SortedLookups {
     job_ = {};
     job_.payload_bits = std::max(1, bits_for(by_lookup ? bags.count : bags.bags));
     RS_CHECK_VALUE(job_.payload_bits + bits_for(table.num_embeddings) <= 64,
-                   "too many indices for a table of this size: ", bags.count, " and ", table.num_embeddings);
+                   "too many indices for a table of this size: ", bags.count, " and ",
+                   table.num_embeddings);
     if (by_lookup) bag_of_ = std::make_unique<Scratch<int32_t>>(lookups_);
     if (bags.mean) bag_scale_ = std::make_unique<Scratch<float>>(bags.bags);
     parallel_over_bags(bags, [&](int64_t begin, int64_t end) {
@@ -81,8 +83,8 @@ class SortedLookups {
   static constexpr int64_t kBlock = 1024;  // lookups a task: about 20 us
 
   // Segment starts: where the row differs from the one before. Padding is at one place, its segment
-  // is left out by closing the gap (segments need not touch: each has its own end in the next entry,
-  // so padding lookups are moved to the end of `sorted` before this when there are any).
+  // is left out by closing the gap (segments need not touch: each has its own end in the next
+  // entry, so padding lookups are moved to the end of `sorted` before this when there are any).
   void cut(const uint64_t* sorted, int64_t padding_row) {
     const int bits = job_.payload_bits;
     if (padding_row >= 0) {
@@ -128,29 +130,30 @@ class SortedLookups {
 void check_grad_output(const Tensor& grad_output, const Tensor& values, const MaybeTensor& argmax,
                        const Bags& bags, int64_t dim, int64_t mode) {
   check_same_dtype(grad_output, "grad_output", values, "values");
-  RS_CHECK_VALUE(grad_output.dim() == 2 && grad_output.size(0) == bags.bags && grad_output.size(1) == dim &&
-                     grad_output.is_contiguous(),
+  RS_CHECK_VALUE(grad_output.dim() == 2 && grad_output.size(0) == bags.bags &&
+                     grad_output.size(1) == dim && grad_output.is_contiguous(),
                  "grad_output must be contiguous of shape [", bags.bags, ", ", dim, "]; got ",
                  shape_text(grad_output));
   RS_CHECK_VALUE(bags.bags < (int64_t(1) << 31), "at most 2^31 - 1 bags; got ", bags.bags);
   if (BagMode(mode) != BagMode::kMax) return;
   RS_CHECK_VALUE(argmax.has_value(), "argmax must be given in mode max");
   check_dtype(*argmax, ScalarType::Int, "argmax");
-  RS_CHECK_VALUE(argmax->is_contiguous() && argmax->numel() == bags.bags * dim, "argmax must have shape [",
-                 bags.bags, ", ", dim, "]; got ", shape_text(*argmax));
+  RS_CHECK_VALUE(argmax->is_contiguous() && argmax->numel() == bags.bags * dim,
+                 "argmax must have shape [", bags.bags, ", ", dim, "]; got ", shape_text(*argmax));
 }
 
 Tensor grad_values(const Tensor& grad_output, const Tensor& values, const Tensor& rows,
                    const MaybeTensor& bases, const MaybeTensor& starts, const MaybeTensor& columns,
-                   const Tensor& indices, const MaybeTensor& offsets, const MaybeTensor& per_sample_weights,
-                   const MaybeTensor& argmax, int64_t num_embeddings, int64_t embedding_dim, int64_t mode,
-                   int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq) {
+                   const Tensor& indices, const MaybeTensor& offsets,
+                   const MaybeTensor& per_sample_weights, const MaybeTensor& argmax,
+                   int64_t num_embeddings, int64_t embedding_dim, int64_t mode, int64_t padding_idx,
+                   bool include_last_offset, bool scale_grad_by_freq) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const MaskedTable<T> table = masked_table<T>(args);
-    const Bags bags =
-        check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+    const Bags bags = check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx,
+                                 include_last_offset);
     check_grad_output(grad_output, values, argmax, bags, embedding_dim, mode);
     SortedLookups<T> lookups(bags, table, grad_output, argmax, mode, scale_grad_by_freq);
     std::vector<int64_t> shape{values.size(0)};
@@ -164,10 +167,11 @@ Tensor grad_values(const Tensor& grad_output, const Tensor& values, const Tensor
   });
 }
 
-std::tuple<Tensor, Tensor> grad_touched(const Tensor& grad_output, const Tensor& values, const Tensor& rows,
-                                        const MaybeTensor& bases, const MaybeTensor& starts,
-                                        const MaybeTensor& columns, const Tensor& indices,
-                                        const MaybeTensor& offsets, const MaybeTensor& per_sample_weights,
+std::tuple<Tensor, Tensor> grad_touched(const Tensor& grad_output, const Tensor& values,
+                                        const Tensor& rows, const MaybeTensor& bases,
+                                        const MaybeTensor& starts, const MaybeTensor& columns,
+                                        const Tensor& indices, const MaybeTensor& offsets,
+                                        const MaybeTensor& per_sample_weights,
                                         int64_t num_embeddings, int64_t embedding_dim, int64_t mode,
                                         int64_t padding_idx, bool include_last_offset,
                                         bool scale_grad_by_freq) {
@@ -176,8 +180,8 @@ std::tuple<Tensor, Tensor> grad_touched(const Tensor& grad_output, const Tensor&
     using T = typename decltype(tag)::type;
     RS_CHECK_VALUE(BagMode(mode) != BagMode::kMax, "mode max has no gradient over touched rows");
     const MaskedTable<T> table = masked_table<T>(args);
-    const Bags bags =
-        check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+    const Bags bags = check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx,
+                                 include_last_offset);
     check_grad_output(grad_output, values, std::nullopt, bags, embedding_dim, mode);
     SortedLookups<T> lookups(bags, table, grad_output, std::nullopt, mode, scale_grad_by_freq);
     const int64_t segments = lookups.segments();
@@ -216,27 +220,27 @@ std::tuple<Tensor, Tensor> grad_touched(const Tensor& grad_output, const Tensor&
   });
 }
 
-void update(const Tensor& values, const Tensor& state, const Tensor& second_state, const Tensor& grad_output,
-            const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
-            const MaybeTensor& columns, const Tensor& indices, const MaybeTensor& offsets,
-            const MaybeTensor& per_sample_weights, const MaybeTensor& argmax, int64_t num_embeddings,
-            int64_t embedding_dim, int64_t mode, int64_t padding_idx, bool include_last_offset,
-            bool scale_grad_by_freq, int64_t optimizer, double lr, double beta1, double beta2, double eps,
-            int64_t step) {
+void update(const Tensor& values, const Tensor& state, const Tensor& second_state,
+            const Tensor& grad_output, const Tensor& rows, const MaybeTensor& bases,
+            const MaybeTensor& starts, const MaybeTensor& columns, const Tensor& indices,
+            const MaybeTensor& offsets, const MaybeTensor& per_sample_weights,
+            const MaybeTensor& argmax, int64_t num_embeddings, int64_t embedding_dim, int64_t mode,
+            int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+            int64_t optimizer, double lr, double beta1, double beta2, double eps, int64_t step) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
     RS_CHECK_VALUE(optimizer >= 0 && optimizer <= 2,
                    "optimizer must be 0 (SGD), 1 (row Adagrad) or 2 (Adam); got ", optimizer);
     const MaskedTable<T> table = masked_table<T>(args);
-    const Bags bags =
-        check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset);
+    const Bags bags = check_bags(args, indices, offsets, per_sample_weights, mode, padding_idx,
+                                 include_last_offset);
     check_grad_output(grad_output, values, argmax, bags, embedding_dim, mode);
     const auto kind = MaskedOptimizer(optimizer);
     const auto check_state = [&](const Tensor& t, int64_t size, const char* name) {
       check_dtype(t, ScalarType::Float, name);
-      RS_CHECK_VALUE(t.is_contiguous() && t.numel() == size, name, " must be contiguous with ", size,
-                     " elements; got shape ", shape_text(t));
+      RS_CHECK_VALUE(t.is_contiguous() && t.numel() == size, name, " must be contiguous with ",
+                     size, " elements; got shape ", shape_text(t));
     };
     if (kind == MaskedOptimizer::kRowAdagrad) check_state(state, num_embeddings, "state");
     if (kind == MaskedOptimizer::kAdam) {

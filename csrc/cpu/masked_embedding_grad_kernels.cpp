@@ -1,8 +1,8 @@
 // Gradient of the values of a masked table, one segment (all lookups of one row) at a time.
 //   g[d] = sum over the row's lookups j of weights[j] bag_scale[bag(j)] grad_output[bag(j), d]
 //          (with argmax: only where argmax[bag(j), d] is j's place in the bag)
-// at the kept columns d only; it is summed in registers at full width, then moved together once, and
-// either stored or consumed by the optimizer at once.
+// at the kept columns d only; it is summed in registers at full width, then moved together once,
+// and either stored or consumed by the optimizer at once.
 #include "masked_embedding_rows.h"
 
 namespace recsparse {
@@ -10,12 +10,13 @@ namespace RS_ISA {
 
 constexpr int64_t kAhead = 6;  // lookups; a row of grad_output and of values each
 
-// One row's gradient, dense to packed: 64 columns a pass, lanes past the kept ones overwritten by the next.
+// One row's gradient, dense to packed: 64 columns a pass, lanes past the kept ones overwritten by
+// the next.
 constexpr int64_t kRowBuffer = kMaxMaskedDim + 64;
 
 template <int kVectors, class T>
-RS_INLINE void segment_columns(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t first,
-                               int64_t last, int64_t column, Vec (&acc)[kVectors]) {
+RS_INLINE void segment_columns(const MaskedTable<T>& table, const MaskedSegments<T>& job,
+                               int64_t first, int64_t last, int64_t column, Vec (&acc)[kVectors]) {
   const uint64_t payload_mask = low_bits(job.payload_bits);
   for (int v = 0; v < kVectors; ++v) acc[v] = zero();
   for (int64_t e = first; e < last; ++e) {
@@ -32,7 +33,8 @@ RS_INLINE void segment_columns(const MaskedTable<T>& table, const MaskedSegments
       if (job.argmax) {
         float chosen[kLanes];
         for (int lane = 0; lane < kLanes; ++lane)
-          chosen[lane] = lane < columns && job.argmax[at + v * kLanes + lane] == place ? 1.0f : 0.0f;
+          chosen[lane] =
+              lane < columns && job.argmax[at + v * kLanes + lane] == place ? 1.0f : 0.0f;
         grad = select(less(zero(), load(chosen)), grad, zero());
       }
       acc[v] = scaled ? fmadd(grad, broadcast(scale), acc[v]) : acc[v] + grad;
@@ -63,7 +65,8 @@ RS_INLINE void adam_update(const MaskedSegments<T>& job, float* g, int64_t count
     const int64_t lanes = count - n;
     const Vec grad = load(g + n);
     const Vec m = fmadd(rest1, grad, beta1 * load_columns(job.state + start + n, lanes));
-    const Vec v = fmadd(rest2 * grad, grad, beta2 * load_columns(job.second_state + start + n, lanes));
+    const Vec v =
+        fmadd(rest2 * grad, grad, beta2 * load_columns(job.second_state + start + n, lanes));
     store_columns(job.state + start + n, m, lanes);
     store_columns(job.second_state + start + n, v, lanes);
     store(g + n, step * m / fmadd(sqrt(v), root, eps));
@@ -71,13 +74,14 @@ RS_INLINE void adam_update(const MaskedSegments<T>& job, float* g, int64_t count
 }
 
 template <class T>
-RS_INLINE void consume(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t s, int64_t row,
-                       int64_t start, int64_t count, float* g) {
+RS_INLINE void consume(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t s,
+                       int64_t row, int64_t start, int64_t count, float* g) {
   if (job.grad_values || job.touched) {
     T* out = job.grad_values ? job.grad_values + start : job.touched + job.touched_offset[s];
     for (int64_t n = 0; n < count; n += kLanes) store_columns(out + n, load(g + n), count - n);
     if (job.touched_position)
-      for (int64_t n = 0; n < count; ++n) job.touched_position[job.touched_offset[s] + n] = start + n;
+      for (int64_t n = 0; n < count; ++n)
+        job.touched_position[job.touched_offset[s] + n] = start + n;
     return;
   }
   if (job.optimizer == MaskedOptimizer::kAdam) {
@@ -98,7 +102,8 @@ RS_INLINE void consume(const MaskedTable<T>& table, const MaskedSegments<T>& job
 
 // kVectors: of one pass over the columns; 64 columns unless D is smaller.
 template <int kVectors, class T, class Reader>
-bool apply_segments(const Reader& reader, const MaskedSegments<T>& job, int64_t begin, int64_t end) {
+bool apply_segments(const Reader& reader, const MaskedSegments<T>& job, int64_t begin,
+                    int64_t end) {
   const MaskedTable<T>& table = reader.table;
   constexpr uint64_t kLaneBits = (uint64_t(1) << kLanes) - 1;
   const uint64_t payload_mask = low_bits(job.payload_bits);
@@ -114,7 +119,8 @@ bool apply_segments(const Reader& reader, const MaskedSegments<T>& job, int64_t 
       const uint64_t ahead = job.sorted[first + kAhead];
       reader.prefetch_values(int64_t(ahead >> job.payload_bits));
       if (!job.bag_of) {
-        const char* grad = reinterpret_cast<const char*>(job.grad_output + (ahead & payload_mask) * table.dim);
+        const char* grad =
+            reinterpret_cast<const char*>(job.grad_output + (ahead & payload_mask) * table.dim);
         for (int64_t line = 0; line < int64_t(sizeof(T)) * kVectors * kLanes; line += 64)
           __builtin_prefetch(grad + line);
       }
@@ -162,8 +168,8 @@ bool apply(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t be
 }
 
 template <class T>
-bool count_kept(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin, int64_t end,
-                int64_t* counts) {
+bool count_kept(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin,
+                int64_t end, int64_t* counts) {
   return with_reader(table, [&](const auto& reader) {
     bool consistent = true;
     for (int64_t s = begin; s < end; ++s) {
@@ -174,7 +180,8 @@ bool count_kept(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64
       for (int64_t word = 0; word * 64 < table.dim; ++word) {
         uint64_t bits[1];
         int64_t start;
-        if (reader.template read<1>(int64_t(job.sorted[first] >> job.payload_bits), word, bits, &start))
+        if (reader.template read<1>(int64_t(job.sorted[first] >> job.payload_bits), word, bits,
+                                    &start))
           counts[s] += popcount(bits[0]);
         else
           consistent = false;

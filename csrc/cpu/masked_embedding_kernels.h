@@ -2,17 +2,18 @@
 //
 //   W[i, d] = values[start(i) + rank(i, d)] if bit d of row i is set, else 0
 //
-//   layout            where row i is                                      bytes a row, besides values
-//   bitmask           rows[i] = mask bytes, uint32 start                  ceil(D/8) + 4
+//   layout            where row i is                                      bytes a row, besides
+//   values bitmask           rows[i] = mask bytes, uint32 start                  ceil(D/8) + 4
 //   fixed_k           rows[i] = mask bytes; start = i k                   ceil(D/8)
-//   row_remap         rows[i / 64] = uint64 occupied, uint32 rank         12 / 64, and for a row that is
+//   row_remap         rows[i / 64] = uint64 occupied, uint32 rank         12 / 64, and for a row
+//   that is
 //                     starts[rank], columns[start ...] uint8                not empty 4 + 1 a value
 //   bitmask records   starts[i]: mask bytes and values side by side       ceil(D/8) + 4 and padding
 //   fixed_k records   the same at a constant stride                       ceil(D/8) and padding
 //
-// A 32-bit start counts from bases[i / 65536], so that tables of more than 2^32 values cost no more.
-// Mask bit d is bit d % 8 of byte d / 8. In row_remap i of starts is the row's rank among the rows
-// that are not empty.
+// A 32-bit start counts from bases[i / 65536], so that tables of more than 2^32 values cost no
+// more. Mask bit d is bit d % 8 of byte d / 8. In row_remap i of starts is the row's rank among the
+// rows that are not empty.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,7 @@ enum class MaskedLayout : int {
   kFixedKRecords,
 };
 
-constexpr int kBaseShift = 16;            // rows that share a 64-bit base: 2^16, so starts fit 32 bits
+constexpr int kBaseShift = 16;  // rows that share a 64-bit base: 2^16, so starts fit 32 bits
 constexpr int64_t kMaxMaskedDim = 32768;  // 2^16 rows of it, mask included, stay below 2^32
 constexpr int64_t kRemapBlockBytes = 12;  // uint64 occupied, uint32 rank
 constexpr int64_t kMaxRemapDim = 256;     // 8-bit column ids
@@ -44,6 +45,7 @@ struct MaskedTable {
   int64_t row_values;     // fixed_k: k; fixed_k records: elements from record to record
   int64_t mask_elements;  // records: elements taken by the mask
   int64_t nnz;            // elements in `values` (records: in the record buffer)
+  int64_t mean_bytes;     // of a row in `values`: what is prefetched
   int64_t kept_rows;      // row_remap: rows that are not empty
   const T* values;
   const uint8_t* rows;
@@ -67,12 +69,14 @@ struct Bags {
   const float* weights;  // one for each index, or null
 
   int64_t index(int64_t j) const {
-    return wide_indices ? static_cast<const int64_t*>(indices)[j] : static_cast<const int32_t*>(indices)[j];
+    return wide_indices ? static_cast<const int64_t*>(indices)[j]
+                        : static_cast<const int32_t*>(indices)[j];
   }
   int64_t begin(int64_t b) const {
     if (!offsets) return b * length;
     if (b == bags && !last_offset) return count;
-    return wide_offsets ? static_cast<const int64_t*>(offsets)[b] : static_cast<const int32_t*>(offsets)[b];
+    return wide_offsets ? static_cast<const int64_t*>(offsets)[b]
+                        : static_cast<const int32_t*>(offsets)[b];
   }
   int64_t end(int64_t b) const { return begin(b + 1); }
 };
@@ -94,25 +98,25 @@ RS_KERNEL_TABLE(MaskedBagKernels, masked_bag_kernels)
 
 enum class MaskedOptimizer : int64_t { kSgd = 0, kRowAdagrad = 1, kAdam = 2 };
 
-// Lookups sorted by row: entry = row << payload_bits | payload, the payload being the lookup's place
-// in `indices` when bag_of is given, else its bag.
+// Lookups sorted by row: entry = row << payload_bits | payload, the payload being the lookup's
+// place in `indices` when bag_of is given, else its bag.
 template <class T>
 struct MaskedSegments {
   const uint64_t* sorted;
   int payload_bits;
   const int64_t* segments;  // [S + 1] segment s is sorted[segments[s] : segments[s + 1]], one row
   const int32_t* bag_of;
-  const float* weights;     // by lookup, or null
-  const float* bag_scale;   // by bag, or null
-  const T* grad_output;     // [bags, D]
-  const int32_t* argmax;    // [bags, D], or null
+  const float* weights;    // by lookup, or null
+  const float* bag_scale;  // by bag, or null
+  const T* grad_output;    // [bags, D]
+  const int32_t* argmax;   // [bags, D], or null
   const Bags* in;
   bool by_frequency;  // divide by the number of lookups of the row
 
   // where the row's gradient goes: exactly one of these
-  T* grad_values;               // at the row's start
-  T* touched;                   // at touched_offset[s], with the start in touched_position
-  int64_t* touched_position;    // one for each value; null: not wanted
+  T* grad_values;             // at the row's start
+  T* touched;                 // at touched_offset[s], with the start in touched_position
+  int64_t* touched_position;  // one for each value; null: not wanted
   const int64_t* touched_offset;
   T* update_values;  // the optimizer below
   MaskedOptimizer optimizer;
@@ -124,9 +128,10 @@ struct MaskedSegments {
 template <class T>
 struct MaskedGradKernels {
   // number of values kept in each segment's row
-  bool (*count)(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin, int64_t end,
-                int64_t* counts);
-  bool (*apply)(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin, int64_t end);
+  bool (*count)(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin,
+                int64_t end, int64_t* counts);
+  bool (*apply)(const MaskedTable<T>& table, const MaskedSegments<T>& job, int64_t begin,
+                int64_t end);
 };
 RS_KERNEL_TABLE(MaskedGradKernels, masked_grad_kernels)
 
@@ -135,15 +140,14 @@ struct MaskedPackKernels {
   // dense[i - begin] = row i
   bool (*unpack)(const MaskedTable<T>& table, int64_t begin, int64_t end, T* dense);
   // values of row i = dense[i - begin] where kept
-  bool (*gather)(const MaskedTable<T>& table, int64_t begin, int64_t end, const T* dense, T* values);
+  bool (*gather)(const MaskedTable<T>& table, int64_t begin, int64_t end, const T* dense,
+                 T* values);
   // values of `to` = those of `from` where both keep, else 0
-  bool (*repack)(const MaskedTable<T>& from, const MaskedTable<T>& to, int64_t begin, int64_t end, T* values);
+  bool (*repack)(const MaskedTable<T>& from, const MaskedTable<T>& to, int64_t begin, int64_t end,
+                 T* values);
   // rows scaled so that their norm is at most max_norm
-  bool (*renorm)(const MaskedTable<T>& table, const int64_t* rows, int64_t begin, int64_t end, float max_norm,
-                 float norm_type, T* values);
-  // mask and values of row i, side by side, to records + record_start(i)
-  bool (*interleave)(const MaskedTable<T>& table, const MaskedTable<T>& records, int64_t begin, int64_t end,
-                     T* out);
+  bool (*renorm)(const MaskedTable<T>& table, const int64_t* rows, int64_t begin, int64_t end,
+                 float max_norm, float norm_type, T* values);
 };
 RS_KERNEL_TABLE(MaskedPackKernels, masked_pack_kernels)
 
@@ -151,7 +155,8 @@ RS_KERNEL_TABLE(MaskedPackKernels, masked_pack_kernels)
 // multiple of kMatmulPanel columns, or for small B to 16 or 32; the padding is 0.
 constexpr int64_t kMatmulPanel = 64;  // 4 registers of 16 floats: enough to hide the FMA latency
 inline int64_t matmul_padded(int64_t batch) {
-  if (batch <= kMatmulPanel / 2) return batch <= kMatmulPanel / 4 ? kMatmulPanel / 4 : kMatmulPanel / 2;
+  if (batch <= kMatmulPanel / 2)
+    return batch <= kMatmulPanel / 4 ? kMatmulPanel / 4 : kMatmulPanel / 2;
   return (batch + kMatmulPanel - 1) / kMatmulPanel * kMatmulPanel;
 }
 template <class T>
@@ -159,17 +164,17 @@ struct MaskedMatmulKernels {
   // inputs_t from x
   void (*transpose)(const T* input, int64_t batch, int64_t dim, int64_t padded, float* inputs_t);
   // grad [B, D] = the sum of `pieces` matrices [D, P], transposed
-  void (*sum_transposed)(const float* sums, int64_t pieces, int64_t batch, int64_t dim, int64_t padded,
-                         T* grad);
+  void (*sum_transposed)(const float* sums, int64_t pieces, int64_t batch, int64_t dim,
+                         int64_t padded, T* grad);
   // output[b, i] = <x[b], row i> for rows begin..end
   bool (*forward)(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, int64_t padded,
                   int64_t begin, int64_t end, T* output);
   // grad_inputs_t [D, P] += sum over rows begin..end of row i times grad_output[:, i]
-  bool (*grad_input)(const MaskedTable<T>& table, const T* grad_output, int64_t batch, int64_t padded,
-                     int64_t begin, int64_t end, float* grad_inputs_t);
+  bool (*grad_input)(const MaskedTable<T>& table, const T* grad_output, int64_t batch,
+                     int64_t padded, int64_t begin, int64_t end, float* grad_inputs_t);
   // value (i, d) = sum_b grad_output[b, i] x[b, d]
-  bool (*grad_values)(const MaskedTable<T>& table, const float* inputs_t, const T* grad_output, int64_t batch,
-                      int64_t padded, int64_t begin, int64_t end, T* grad_values);
+  bool (*grad_values)(const MaskedTable<T>& table, const float* inputs_t, const T* grad_output,
+                      int64_t batch, int64_t padded, int64_t begin, int64_t end, T* grad_values);
 };
 RS_KERNEL_TABLE(MaskedMatmulKernels, masked_matmul_kernels)
 

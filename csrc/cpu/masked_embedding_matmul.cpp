@@ -10,15 +10,17 @@ namespace {
 
 constexpr int64_t kRowGrain = 256;
 
-void check_matrix(const Tensor& t, const Tensor& values, int64_t rows, int64_t columns, const char* name) {
+void check_matrix(const Tensor& t, const Tensor& values, int64_t rows, int64_t columns,
+                  const char* name) {
   check_same_dtype(t, name, values, "values");
-  RS_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(), name,
-                 " must be contiguous of shape [", rows, ", ", columns, "]; got ", shape_text(t));
+  RS_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && t.is_contiguous(),
+                 name, " must be contiguous of shape [", rows, ", ", columns, "]; got ",
+                 shape_text(t));
 }
 
-Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
-                const MaybeTensor& starts, const MaybeTensor& columns, int64_t num_embeddings,
-                int64_t embedding_dim) {
+Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows,
+                const MaybeTensor& bases, const MaybeTensor& starts, const MaybeTensor& columns,
+                int64_t num_embeddings, int64_t embedding_dim) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -28,7 +30,8 @@ Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows, c
     check_matrix(input, values, batch, embedding_dim, "input");
     Tensor output = torch::stable::new_empty(values, {batch, num_embeddings});
     Scratch<float> inputs_t(embedding_dim * padded);
-    masked_matmul_kernels<T>().transpose(data<T>(input), batch, embedding_dim, padded, inputs_t.get());
+    masked_matmul_kernels<T>().transpose(data<T>(input), batch, embedding_dim, padded,
+                                         inputs_t.get());
     run_over_rows(num_embeddings, kRowGrain, [&](int64_t begin, int64_t end) {
       return masked_matmul_kernels<T>().forward(table, inputs_t.get(), batch, padded, begin, end,
                                                 mutable_data<T>(output));
@@ -38,9 +41,11 @@ Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows, c
 }
 
 Tensor matmul_t_grad_input(const Tensor& grad_output, const Tensor& values, const Tensor& rows,
-                           const MaybeTensor& bases, const MaybeTensor& starts, const MaybeTensor& columns,
-                           int64_t num_embeddings, int64_t embedding_dim) {
-  // Fixed pieces of the table, each with its own sum, added in order: the same for any thread count.
+                           const MaybeTensor& bases, const MaybeTensor& starts,
+                           const MaybeTensor& columns, int64_t num_embeddings,
+                           int64_t embedding_dim) {
+  // Fixed pieces of the table, each with its own sum, added in order: the same for any thread
+  // count.
   constexpr int64_t kPieces = 16;
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
@@ -71,7 +76,8 @@ Tensor matmul_t_grad_input(const Tensor& grad_output, const Tensor& values, cons
 
 Tensor matmul_t_grad_values(const Tensor& grad_output, const Tensor& input, const Tensor& values,
                             const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
-                            const MaybeTensor& columns, int64_t num_embeddings, int64_t embedding_dim) {
+                            const MaybeTensor& columns, int64_t num_embeddings,
+                            int64_t embedding_dim) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -84,10 +90,12 @@ Tensor matmul_t_grad_values(const Tensor& grad_output, const Tensor& input, cons
     if (values.dim() == 2) shape.push_back(values.size(1));
     Tensor grad = torch::stable::new_empty(values, shape);
     Scratch<float> inputs_t(embedding_dim * padded);
-    masked_matmul_kernels<T>().transpose(data<T>(input), batch, embedding_dim, padded, inputs_t.get());
+    masked_matmul_kernels<T>().transpose(data<T>(input), batch, embedding_dim, padded,
+                                         inputs_t.get());
     run_over_rows(num_embeddings, kRowGrain, [&](int64_t begin, int64_t end) {
-      return masked_matmul_kernels<T>().grad_values(table, inputs_t.get(), data<T>(grad_output), batch,
-                                                    padded, begin, end, mutable_data<T>(grad));
+      return masked_matmul_kernels<T>().grad_values(table, inputs_t.get(), data<T>(grad_output),
+                                                    batch, padded, begin, end,
+                                                    mutable_data<T>(grad));
     });
     return grad;
   });

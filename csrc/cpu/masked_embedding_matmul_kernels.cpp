@@ -20,7 +20,8 @@ RS_INLINE bool for_each_kept(const Reader& reader, int64_t i, const F& f) {
     if (!reader.template read<1>(i, word, bits, &start) ||
         !inside(reader.table, start, popcount(bits[0])))
       return false;
-    for (uint64_t rest = bits[0]; rest; rest &= rest - 1) f(word * 64 + __builtin_ctzll(rest), start++);
+    for (uint64_t rest = bits[0]; rest; rest &= rest - 1)
+      f(word * 64 + __builtin_ctzll(rest), start++);
   }
   return true;
 }
@@ -34,44 +35,47 @@ RS_INLINE auto with_panel(int64_t padded, const F& f) {
 }
 
 template <class T>
-bool matmul(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, int64_t padded, int64_t begin,
-            int64_t end, T* output) {
-  return with_reader(table, [&](const auto& reader) { return with_panel(padded, [&](auto panel) {
-    constexpr int64_t kPanel = panel.value;
-    constexpr int kPanelVectors = kPanel / kLanes;
-    alignas(64) float tile[kRowTile * kPanel];
-    for (int64_t i0 = begin; i0 < end; i0 += kRowTile) {
-      const int64_t rows = end - i0 < kRowTile ? end - i0 : kRowTile;
-      for (int64_t r = 0; r < rows; ++r)
-        if (i0 + r + kRowTile < table.num_embeddings) reader.prefetch_values(i0 + r + kRowTile);
-      for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
-        for (int64_t r = 0; r < rows; ++r) {
-          Vec acc[kPanelVectors];
-          for (int v = 0; v < kPanelVectors; ++v) acc[v] = zero();
-          const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
-            const Vec value = broadcast(to_float(table.values[n]));
-            const float* input = inputs_t + d * padded + b0;
+bool matmul(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, int64_t padded,
+            int64_t begin, int64_t end, T* output) {
+  return with_reader(table, [&](const auto& reader) {
+    return with_panel(padded, [&](auto panel) {
+      constexpr int64_t kPanel = panel.value;
+      constexpr int kPanelVectors = kPanel / kLanes;
+      alignas(64) float tile[kRowTile * kPanel];
+      for (int64_t i0 = begin; i0 < end; i0 += kRowTile) {
+        const int64_t rows = end - i0 < kRowTile ? end - i0 : kRowTile;
+        for (int64_t r = 0; r < rows; ++r)
+          if (i0 + r + kRowTile < table.num_embeddings) reader.prefetch_values(i0 + r + kRowTile);
+        for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
+          for (int64_t r = 0; r < rows; ++r) {
+            Vec acc[kPanelVectors];
+            for (int v = 0; v < kPanelVectors; ++v) acc[v] = zero();
+            const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
+              const Vec value = broadcast(to_float(table.values[n]));
+              const float* input = inputs_t + d * padded + b0;
 #pragma GCC unroll 8
-            for (int v = 0; v < kPanelVectors; ++v) acc[v] = fmadd(value, load(input + v * kLanes), acc[v]);
-          });
-          if (!consistent) return false;
-          for (int v = 0; v < kPanelVectors; ++v) store(tile + r * kPanel + v * kLanes, acc[v]);
-        }
-        const int64_t columns = batch - b0 < kPanel ? batch - b0 : kPanel;
-        for (int64_t b = 0; b < columns; ++b) {
-          T* out = output + (b0 + b) * table.num_embeddings + i0;
-          for (int64_t r = 0; r < rows; ++r) out[r] = from_float<T>(tile[r * kPanel + b]);
+              for (int v = 0; v < kPanelVectors; ++v)
+                acc[v] = fmadd(value, load(input + v * kLanes), acc[v]);
+            });
+            if (!consistent) return false;
+            for (int v = 0; v < kPanelVectors; ++v) store(tile + r * kPanel + v * kLanes, acc[v]);
+          }
+          const int64_t columns = batch - b0 < kPanel ? batch - b0 : kPanel;
+          for (int64_t b = 0; b < columns; ++b) {
+            T* out = output + (b0 + b) * table.num_embeddings + i0;
+            for (int64_t r = 0; r < rows; ++r) out[r] = from_float<T>(tile[r * kPanel + b]);
+          }
         }
       }
-    }
-    return true;
-  }); });
+      return true;
+    });
+  });
 }
 
 // The panel of grad_output[b0 : b0 + kPanel, i0 : i0 + rows], transposed, padding 0.
 template <int64_t kPanel, class T>
-RS_INLINE void transpose_panel(const MaskedTable<T>& table, const T* grad_output, int64_t batch, int64_t b0,
-                               int64_t i0, int64_t rows, float* tile) {
+RS_INLINE void transpose_panel(const MaskedTable<T>& table, const T* grad_output, int64_t batch,
+                               int64_t b0, int64_t i0, int64_t rows, float* tile) {
   for (int64_t b = 0; b < kPanel; ++b)
     for (int64_t r = 0; r < rows; ++r)
       tile[r * kPanel + b] =
@@ -79,67 +83,73 @@ RS_INLINE void transpose_panel(const MaskedTable<T>& table, const T* grad_output
 }
 
 template <class T>
-bool matmul_grad_input(const MaskedTable<T>& table, const T* grad_output, int64_t batch, int64_t padded,
-                       int64_t begin, int64_t end, float* grad_inputs_t) {
-  return with_reader(table, [&](const auto& reader) { return with_panel(padded, [&](auto panel) {
-    constexpr int64_t kPanel = panel.value;
-    constexpr int kPanelVectors = kPanel / kLanes;
-    alignas(64) float tile[kRowTile * kPanel];
-    for (int64_t i0 = begin; i0 < end; i0 += kRowTile) {
-      const int64_t rows = end - i0 < kRowTile ? end - i0 : kRowTile;
-      for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
-        transpose_panel<kPanel>(table, grad_output, batch, b0, i0, rows, tile);
-        for (int64_t r = 0; r < rows; ++r) {
-          Vec grad[kPanelVectors];
-          for (int v = 0; v < kPanelVectors; ++v) grad[v] = load(tile + r * kPanel + v * kLanes);
-          const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
-            const Vec value = broadcast(to_float(table.values[n]));
-            float* out = grad_inputs_t + d * padded + b0;
+bool matmul_grad_input(const MaskedTable<T>& table, const T* grad_output, int64_t batch,
+                       int64_t padded, int64_t begin, int64_t end, float* grad_inputs_t) {
+  return with_reader(table, [&](const auto& reader) {
+    return with_panel(padded, [&](auto panel) {
+      constexpr int64_t kPanel = panel.value;
+      constexpr int kPanelVectors = kPanel / kLanes;
+      alignas(64) float tile[kRowTile * kPanel];
+      for (int64_t i0 = begin; i0 < end; i0 += kRowTile) {
+        const int64_t rows = end - i0 < kRowTile ? end - i0 : kRowTile;
+        for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
+          transpose_panel<kPanel>(table, grad_output, batch, b0, i0, rows, tile);
+          for (int64_t r = 0; r < rows; ++r) {
+            Vec grad[kPanelVectors];
+            for (int v = 0; v < kPanelVectors; ++v) grad[v] = load(tile + r * kPanel + v * kLanes);
+            const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
+              const Vec value = broadcast(to_float(table.values[n]));
+              float* out = grad_inputs_t + d * padded + b0;
 #pragma GCC unroll 8
-            for (int v = 0; v < kPanelVectors; ++v)
-              store(out + v * kLanes, fmadd(value, grad[v], load(out + v * kLanes)));
-          });
-          if (!consistent) return false;
+              for (int v = 0; v < kPanelVectors; ++v)
+                store(out + v * kLanes, fmadd(value, grad[v], load(out + v * kLanes)));
+            });
+            if (!consistent) return false;
+          }
         }
       }
-    }
-    return true;
-  }); });
+      return true;
+    });
+  });
 }
 
 template <class T>
 bool matmul_grad_values(const MaskedTable<T>& table, const float* inputs_t, const T* grad_output,
                         int64_t batch, int64_t padded, int64_t begin, int64_t end, T* grad_values) {
-  return with_reader(table, [&](const auto& reader) { return with_panel(padded, [&](auto panel) {
-    constexpr int64_t kPanel = panel.value;
-    constexpr int kPanelVectors = kPanel / kLanes;
-    alignas(64) float tile[kRowTile * kPanel];
-    float sums[kMaxMaskedDim];  // [tile rows, D]
-    const int64_t tile_rows = kMaxMaskedDim / table.dim < kRowTile ? kMaxMaskedDim / table.dim : kRowTile;
-    for (int64_t i0 = begin; i0 < end; i0 += tile_rows) {
-      const int64_t rows = end - i0 < tile_rows ? end - i0 : tile_rows;
-      for (int64_t n = 0; n < rows * table.dim; ++n) sums[n] = 0.0f;
-      for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
-        transpose_panel<kPanel>(table, grad_output, batch, b0, i0, rows, tile);
-        for (int64_t r = 0; r < rows; ++r) {
-          Vec grad[kPanelVectors];
-          for (int v = 0; v < kPanelVectors; ++v) grad[v] = load(tile + r * kPanel + v * kLanes);
-          const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t) {
-            Vec acc = zero();
-            const float* input = inputs_t + d * padded + b0;
-            for (int v = 0; v < kPanelVectors; ++v) acc = fmadd(grad[v], load(input + v * kLanes), acc);
-            sums[r * table.dim + d] += sum_lanes(acc);
-          });
-          if (!consistent) return false;
+  return with_reader(table, [&](const auto& reader) {
+    return with_panel(padded, [&](auto panel) {
+      constexpr int64_t kPanel = panel.value;
+      constexpr int kPanelVectors = kPanel / kLanes;
+      alignas(64) float tile[kRowTile * kPanel];
+      float sums[kMaxMaskedDim];  // [tile rows, D]
+      const int64_t tile_rows =
+          kMaxMaskedDim / table.dim < kRowTile ? kMaxMaskedDim / table.dim : kRowTile;
+      for (int64_t i0 = begin; i0 < end; i0 += tile_rows) {
+        const int64_t rows = end - i0 < tile_rows ? end - i0 : tile_rows;
+        for (int64_t n = 0; n < rows * table.dim; ++n) sums[n] = 0.0f;
+        for (int64_t b0 = 0; b0 < batch; b0 += kPanel) {
+          transpose_panel<kPanel>(table, grad_output, batch, b0, i0, rows, tile);
+          for (int64_t r = 0; r < rows; ++r) {
+            Vec grad[kPanelVectors];
+            for (int v = 0; v < kPanelVectors; ++v) grad[v] = load(tile + r * kPanel + v * kLanes);
+            const bool consistent = for_each_kept(reader, i0 + r, [&](int64_t d, int64_t) {
+              Vec acc = zero();
+              const float* input = inputs_t + d * padded + b0;
+              for (int v = 0; v < kPanelVectors; ++v)
+                acc = fmadd(grad[v], load(input + v * kLanes), acc);
+              sums[r * table.dim + d] += sum_lanes(acc);
+            });
+            if (!consistent) return false;
+          }
         }
+        for (int64_t r = 0; r < rows; ++r)
+          for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
+            grad_values[n] = from_float<T>(sums[r * table.dim + d]);
+          });
       }
-      for (int64_t r = 0; r < rows; ++r)
-        for_each_kept(reader, i0 + r, [&](int64_t d, int64_t n) {
-          grad_values[n] = from_float<T>(sums[r * table.dim + d]);
-        });
-    }
-    return true;
-  }); });
+      return true;
+    });
+  });
 }
 
 template <class T>
@@ -150,7 +160,8 @@ void transpose(const T* input, int64_t batch, int64_t dim, int64_t padded, float
 }
 
 template <class T>
-void sum_transposed(const float* sums, int64_t pieces, int64_t batch, int64_t dim, int64_t padded, T* grad) {
+void sum_transposed(const float* sums, int64_t pieces, int64_t batch, int64_t dim, int64_t padded,
+                    T* grad) {
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t d = 0; d < dim; ++d) {
       float sum = 0.0f;
@@ -161,8 +172,8 @@ void sum_transposed(const float* sums, int64_t pieces, int64_t batch, int64_t di
 
 template <class T>
 const MaskedMatmulKernels<T>& masked_matmul_kernels() {
-  static constexpr MaskedMatmulKernels<T> table = {&transpose<T>, &sum_transposed<T>, &matmul<T>, &matmul_grad_input<T>,
-                                                   &matmul_grad_values<T>};
+  static constexpr MaskedMatmulKernels<T> table = {&transpose<T>, &sum_transposed<T>, &matmul<T>,
+                                                   &matmul_grad_input<T>, &matmul_grad_values<T>};
   return table;
 }
 RS_INSTANTIATE_KERNEL_TABLE(MaskedMatmulKernels, masked_matmul_kernels)

@@ -1,5 +1,5 @@
-// Conversions of masked embedding tables, CPU: to and from dense rows, to another mask, to records
-// for inference; and renormalisation in place.
+// Conversions of masked embedding tables, CPU: to and from dense rows and to another mask; and
+// renormalisation in place.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,8 +13,9 @@ namespace {
 
 constexpr int64_t kRowGrain = 512;  // table rows a task: some 10 us
 
-Tensor unpack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
-              const MaybeTensor& columns, int64_t num_embeddings, int64_t embedding_dim) {
+Tensor unpack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
+              const MaybeTensor& starts, const MaybeTensor& columns, int64_t num_embeddings,
+              int64_t embedding_dim) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -35,8 +36,9 @@ std::vector<int64_t> shape_of(const Tensor& t) {
 }
 
 Tensor unpack_grad_values(const Tensor& grad_output, const Tensor& values, const Tensor& rows,
-                          const MaybeTensor& bases, const MaybeTensor& starts, const MaybeTensor& columns,
-                          int64_t num_embeddings, int64_t embedding_dim) {
+                          const MaybeTensor& bases, const MaybeTensor& starts,
+                          const MaybeTensor& columns, int64_t num_embeddings,
+                          int64_t embedding_dim) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -56,10 +58,10 @@ Tensor unpack_grad_values(const Tensor& grad_output, const Tensor& values, const
   });
 }
 
-Tensor repack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
-              const MaybeTensor& columns, const Tensor& new_values, const Tensor& new_rows,
-              const MaybeTensor& new_bases, const MaybeTensor& new_starts, const MaybeTensor& new_columns,
-              int64_t num_embeddings, int64_t embedding_dim) {
+Tensor repack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
+              const MaybeTensor& starts, const MaybeTensor& columns, const Tensor& new_values,
+              const Tensor& new_rows, const MaybeTensor& new_bases, const MaybeTensor& new_starts,
+              const MaybeTensor& new_columns, int64_t num_embeddings, int64_t embedding_dim) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   check_same_dtype(new_values, "new_values", values, "values");
   Tensor output = torch::stable::new_empty(values, shape_of(new_values));
@@ -76,22 +78,24 @@ Tensor repack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases
   return output;
 }
 
-void renorm(const Tensor& values, const Tensor& rows, const MaybeTensor& bases, const MaybeTensor& starts,
-            const MaybeTensor& columns, const Tensor& indices, int64_t num_embeddings, int64_t embedding_dim,
-            double max_norm, double norm_type) {
+void renorm(const Tensor& values, const Tensor& rows, const MaybeTensor& bases,
+            const MaybeTensor& starts, const MaybeTensor& columns, const Tensor& indices,
+            int64_t num_embeddings, int64_t embedding_dim, double max_norm, double norm_type) {
   const MaskedTableArgs args{values, rows, bases, starts, columns, num_embeddings, embedding_dim};
   with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const MaskedTable<T> table = masked_table<T>(args);
-    const Bags bags = check_bags(args, indices, std::nullopt, std::nullopt, int64_t(BagMode::kEach), -1, false);
+    const Bags bags =
+        check_bags(args, indices, std::nullopt, std::nullopt, int64_t(BagMode::kEach), -1, false);
     Scratch<uint64_t> keys(bags.count), other(bags.count);
     for (int64_t j = 0; j < bags.count; ++j) keys[j] = uint64_t(bags.index(j));
     const int bits = int(std::bit_width(uint64_t(num_embeddings)));
     uint64_t* sorted = radix_sort(keys.get(), other.get(), bags.count, 0, bits);
     const int64_t unique = std::unique(sorted, sorted + bags.count) - sorted;  // each row once
     run_over_rows(unique, kRowGrain, [&](int64_t begin, int64_t end) {
-      return masked_pack_kernels<T>().renorm(table, reinterpret_cast<const int64_t*>(sorted), begin, end,
-                                             float(max_norm), float(norm_type), mutable_data<T>(values));
+      return masked_pack_kernels<T>().renorm(table, reinterpret_cast<const int64_t*>(sorted), begin,
+                                             end, float(max_norm), float(norm_type),
+                                             mutable_data<T>(values));
     });
   });
 }

@@ -1,5 +1,6 @@
 // Whole-table conversions of a masked table (masked_embedding_kernels.h): to and from dense rows,
-// to another mask, to records; and the in-place renormalisation of looked-up rows.
+// to another mask; and the in-place renormalisation of looked-up rows.
+#include "glibc_pow.h"
 #include "masked_embedding_rows.h"
 
 namespace recsparse {
@@ -65,7 +66,8 @@ bool gather(const MaskedTable<T>& table, int64_t begin, int64_t end, const T* de
 }
 
 template <class T>
-bool repack(const MaskedTable<T>& from, const MaskedTable<T>& to, int64_t begin, int64_t end, T* values) {
+bool repack(const MaskedTable<T>& from, const MaskedTable<T>& to, int64_t begin, int64_t end,
+            T* values) {
   return with_reader(from, [&](const auto& reader) {
     T row[kMaxMaskedDim];
     for (int64_t i = begin; i < end; ++i) {
@@ -87,12 +89,13 @@ RS_INLINE float vector_norm(const float* x, int64_t count, float p) {
       sum += p == 2.0f ? a * a : p == 1.0f ? a : __builtin_pow(a, double(p));
   }
   if (p == 2.0f) return float(__builtin_sqrt(sum));
-  return p == 1.0f || p == __builtin_inff() ? float(sum) : float(__builtin_pow(sum, 1.0 / double(p)));
+  return p == 1.0f || p == __builtin_inff() ? float(sum)
+                                            : float(__builtin_pow(sum, 1.0 / double(p)));
 }
 
 template <class T>
-bool renorm(const MaskedTable<T>& table, const int64_t* rows, int64_t begin, int64_t end, float max_norm,
-            float norm_type, T* values) {
+bool renorm(const MaskedTable<T>& table, const int64_t* rows, int64_t begin, int64_t end,
+            float max_norm, float norm_type, T* values) {
   return with_reader(table, [&](const auto& reader) {
     float kept[kMaxMaskedDim];
     for (int64_t n = begin; n < end; ++n) {
@@ -116,32 +119,8 @@ bool renorm(const MaskedTable<T>& table, const int64_t* rows, int64_t begin, int
 }
 
 template <class T>
-bool interleave(const MaskedTable<T>& table, const MaskedTable<T>& records, int64_t begin, int64_t end,
-                T* out) {
-  const bool fixed = records.layout == MaskedLayout::kFixedKRecords;
-  for (int64_t i = begin; i < end; ++i) {
-    const uint8_t* mask = table.rows + i * table.row_bytes;
-    const int64_t at = fixed ? i * records.row_values
-                             : records.bases[i >> kBaseShift] + int64_t(records.starts[i]);
-    const int64_t start = fixed ? i * table.row_values
-                                : table.bases[i >> kBaseShift] +
-                                      int64_t(read_at<uint32_t>(mask + table.mask_bytes));
-    int64_t count = 0;
-    for (int64_t byte = 0; byte < table.mask_bytes; ++byte) count += popcount(mask[byte]);
-    if (!inside(table, start, count) || at < 0 || at + records.mask_elements + count > records.nnz)
-      return false;
-    T* record = out + at;
-    std::memset(record, 0, size_t(records.mask_elements) * sizeof(T));
-    std::memcpy(record, mask, size_t(table.mask_bytes));
-    std::memcpy(record + records.mask_elements, table.values + start, size_t(count) * sizeof(T));
-  }
-  return true;
-}
-
-template <class T>
 const MaskedPackKernels<T>& masked_pack_kernels() {
-  static constexpr MaskedPackKernels<T> table = {&unpack<T>, &gather<T>, &repack<T>, &renorm<T>,
-                                                 &interleave<T>};
+  static constexpr MaskedPackKernels<T> table = {&unpack<T>, &gather<T>, &repack<T>, &renorm<T>};
   return table;
 }
 RS_INSTANTIATE_KERNEL_TABLE(MaskedPackKernels, masked_pack_kernels)

@@ -21,7 +21,8 @@ RS_INLINE T read_at(const uint8_t* p) {
 
 // Up to 8 mask bytes from p, of which only those before `end` may be read.
 RS_INLINE uint64_t read_word(const uint8_t* p, const uint8_t* end) {
-  if (end - p >= 8) [[likely]] return read_at<uint64_t>(p);
+  if (end - p >= 8) [[likely]]
+    return read_at<uint64_t>(p);
   uint64_t word = 0;
   if (p < end) std::memcpy(&word, p, size_t(end - p));
   return word;
@@ -51,31 +52,26 @@ struct RowReader {
     }
   }
 
-  // The second: needs the header.
+  // The second: needs the header. As many lines as a row has on average: a count read from the row
+  // would be a branch that waits for memory.
   void prefetch_values(int64_t i) const {
-    const T* first = nullptr;
-    int64_t count = 0;  // elements: a guess that is right for D <= 64
+    int64_t start;
     if constexpr (kRecords) {
-      first = table.values + record(i);
-      count = table.mask_elements + table.dim / 4;
+      start = record(i);
     } else if constexpr (kLayout == MaskedLayout::kFixedK) {
-      first = table.values + i * table.row_values;
-      count = table.row_values;
+      start = i * table.row_values;
     } else if constexpr (kLayout == MaskedLayout::kBitmask) {
       const uint8_t* header = table.rows + i * table.row_bytes;
-      first = table.values + table.bases[i >> kBaseShift] + read_at<uint32_t>(header + table.mask_bytes);
-      count = popcount(read_word(header, table.rows + table.rows_size));
+      start = table.bases[i >> kBaseShift] + int64_t(read_at<uint32_t>(header + table.mask_bytes));
     } else {
       int64_t rank;
-      if (!occupied(i, &rank)) return;
-      __builtin_prefetch(table.starts + rank);
+      if (occupied(i, &rank)) __builtin_prefetch(table.starts + rank);
       return;
     }
-    const char* p = reinterpret_cast<const char*>(first);
-    const char* last = reinterpret_cast<const char*>(first + count) - 1;
+    const char* p = reinterpret_cast<const char*>(table.values + start);
     __builtin_prefetch(p);
-    for (p += 64; p < last; p += 64) __builtin_prefetch(p);
-    __builtin_prefetch(last);
+    for (int64_t line = 64; line < table.mean_bytes; line += 64) __builtin_prefetch(p + line);
+    __builtin_prefetch(p + table.mean_bytes);
   }
 
   // row_remap: whether row i holds anything, and its rank among the rows that do.
@@ -111,7 +107,8 @@ struct RowReader {
       const uint8_t* mask_end;
       if constexpr (kRecords) {
         const int64_t at = record(i);
-        if (uint64_t(at) > uint64_t(table.nnz - table.mask_elements)) [[unlikely]] return false;
+        if (uint64_t(at) > uint64_t(table.nnz - table.mask_elements)) [[unlikely]]
+          return false;
         mask = reinterpret_cast<const uint8_t*>(table.values + at);
         mask_end = reinterpret_cast<const uint8_t*>(table.values + table.nnz);
         *start = at + table.mask_elements;
@@ -119,7 +116,8 @@ struct RowReader {
         mask = table.rows + i * table.row_bytes;
         mask_end = table.rows + table.rows_size;
         if constexpr (kLayout == MaskedLayout::kBitmask)
-          *start = table.bases[i >> kBaseShift] + int64_t(read_at<uint32_t>(mask + table.mask_bytes));
+          *start =
+              table.bases[i >> kBaseShift] + int64_t(read_at<uint32_t>(mask + table.mask_bytes));
         else
           *start = i * table.row_values;
       }
@@ -142,8 +140,8 @@ RS_INLINE bool inside(const MaskedTable<T>& table, int64_t start, int64_t count)
 // Calls body(v, lanes) for the kVectors vectors of a row whose mask words are `bits`: lanes holds
 // the expanded values. Returns false, having called nothing, when they are not all in the table.
 template <int kVectors, class T, int kWords, class F>
-RS_INLINE bool for_each_vector(const MaskedTable<T>& table, const uint64_t (&bits)[kWords], int64_t start,
-                               const F& body) {
+RS_INLINE bool for_each_vector(const MaskedTable<T>& table, const uint64_t (&bits)[kWords],
+                               int64_t start, const F& body) {
   constexpr int kPerWord = 64 / kLanes;
   constexpr uint64_t kLaneBits = (uint64_t(1) << kLanes) - 1;
   const bool roomy = inside(table, start, int64_t(kVectors) * kLanes);  // whole loads stay inside
@@ -179,7 +177,8 @@ RS_INLINE auto with_reader(const MaskedTable<T>& table, const F& f) {
   switch (table.layout) {
     case MaskedLayout::kFixedK: return f(RowReader<T, MaskedLayout::kFixedK>{table});
     case MaskedLayout::kRowRemap: return f(RowReader<T, MaskedLayout::kRowRemap>{table});
-    case MaskedLayout::kBitmaskRecords: return f(RowReader<T, MaskedLayout::kBitmaskRecords>{table});
+    case MaskedLayout::kBitmaskRecords:
+      return f(RowReader<T, MaskedLayout::kBitmaskRecords>{table});
     case MaskedLayout::kFixedKRecords: return f(RowReader<T, MaskedLayout::kFixedKRecords>{table});
     default: return f(RowReader<T, MaskedLayout::kBitmask>{table});
   }

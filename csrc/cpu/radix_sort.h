@@ -12,7 +12,8 @@ namespace recsparse {
 
 // Sorts `keys` by bits [low_bit, high_bit), using `other` of the same length; returns whichever of
 // the two then holds the result.
-inline uint64_t* radix_sort(uint64_t* keys, uint64_t* other, int64_t count, int low_bit, int high_bit) {
+inline uint64_t* radix_sort(uint64_t* keys, uint64_t* other, int64_t count, int low_bit,
+                            int high_bit) {
   constexpr int kDigitBits = 11;  // 2048 counters of 8 bytes: half of L1
   constexpr int64_t kBuckets = int64_t(1) << kDigitBits;
   constexpr int64_t kBlock = 1 << 15;  // keys a task
@@ -45,7 +46,8 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* other, int64_t count, int 
     parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         int64_t* place = counters.get() + b * kBuckets;
-        for (int64_t i = block_begin(b); i < block_begin(b + 1); ++i) other[place[digit(keys[i])]++] = keys[i];
+        for (int64_t i = block_begin(b); i < block_begin(b + 1); ++i)
+          other[place[digit(keys[i])]++] = keys[i];
       }
     });
     std::swap(keys, other);

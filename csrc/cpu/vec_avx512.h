@@ -172,6 +172,7 @@ RS_INLINE void expand(Vec kept, uint32_t positions, Vec& low, Vec& high) {
 // Lane i takes the next element of `packed` where bit i is set, else 0. In registers: expanding or
 // compressing straight from or to memory is microcoded on Zen 4.
 RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
+  asm("" : "+v"(packed.v));  // or the compiler folds the load of `packed` into the expansion
   return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
 }
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.

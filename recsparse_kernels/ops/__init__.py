@@ -12,6 +12,24 @@ from .fan_in import (
 )
 from .low_rank import low_rank_cross, low_rank_linear
 from .low_rank_embedding import low_rank_embedding, low_rank_embedding_bag, low_rank_fields
+from .masked_embedding import (
+    FusedOptimizer,
+    masked_embedding,
+    masked_embedding_bag,
+    masked_embedding_matmul_t,
+    masked_embedding_pack,
+    masked_embedding_propagate,
+    masked_embedding_repack,
+    masked_embedding_unpack,
+)
+from .masked_embedding_records import (
+    MaskedRecords,
+    masked_embedding_bag_frozen,
+    masked_embedding_freeze,
+    masked_embedding_frozen,
+    masked_embedding_thaw,
+)
+from .masked_embedding_table import MaskedTable
 from .sparse24 import (
     sparse24_compress,
     sparse24_decompress,

@@ -36,7 +36,21 @@ def _fake_embedding(values, rows, bases, starts, columns, indices, V, D, padding
 
 
 def _fake_bag(
-    values, rows, bases, starts, columns, indices, offsets, weights, V, D, mode, padding_idx, last, by_freq, sparse
+    values,
+    rows,
+    bases,
+    starts,
+    columns,
+    indices,
+    offsets,
+    weights,
+    V,
+    D,
+    mode,
+    padding_idx,
+    last,
+    by_freq,
+    sparse,
 ):
     bags = _bag_count(indices, offsets, mode, last)
     return values.new_empty((bags, D)), values.new_empty((bags if mode == 2 else 0, D), dtype=torch.int32)
@@ -50,7 +64,21 @@ def _fake_grad_weights(
 
 
 def _fake_touched(
-    grad_output, values, rows, bases, starts, columns, indices, offsets, weights, V, D, mode, padding_idx, last, by_freq
+    grad_output,
+    values,
+    rows,
+    bases,
+    starts,
+    columns,
+    indices,
+    offsets,
+    weights,
+    V,
+    D,
+    mode,
+    padding_idx,
+    last,
+    by_freq,
 ):
     count = torch.library.get_ctx().new_dynamic_size()
     return values.new_empty((count,), dtype=torch.int64), values.new_empty((count, *values.shape[1:]))
@@ -123,12 +151,19 @@ def _backward_bag(ctx, grad_output, grad_argmax, *, backend):
     grad_values = grad_weights = None
     if ctx.needs_input_grad[0]:
         grad_values = _values_gradient(
-            grad_output, values, index, (indices, offsets, weights, argmax), ctx.sizes, ctx.options, ctx.sparse,
-            backend,
+            grad_output, values, index, (indices, offsets, weights, argmax), ctx.sizes, ctx.options,
+            ctx.sparse, backend,
         )  # fmt: skip
     if ctx.needs_input_grad[7]:
         grad_weights = _GRAD_WEIGHTS(
-            grad_output.contiguous(), values, *index, indices, offsets, *ctx.sizes, *ctx.options[:3], backend=backend
+            grad_output.contiguous(),
+            values,
+            *index,
+            indices,
+            offsets,
+            *ctx.sizes,
+            *ctx.options[:3],
+            backend=backend,
         )
     return (grad_values, *[None] * 6, grad_weights, *[None] * 7)
 
@@ -249,20 +284,18 @@ def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
 
 def _check_table(table: MaskedTable) -> None:
     if not isinstance(table, MaskedTable):
-        raise TypeError(f"table must be a MaskedTable, from masked_embedding_pack; got {type(table).__name__}")
+        raise TypeError(
+            f"table must be a MaskedTable, from masked_embedding_pack; got {type(table).__name__}"
+        )
     check_dtype("table.values", table.values)
-
-
-def _check_input(input: Tensor, table: MaskedTable) -> None:
-    check_dtype("input", input, INDEX_DTYPES)
-    _check_table(table)
-    check_device("input", input, "table.values", table.values)
 
 
 def _check_bag_input(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> None:
     if input.dim() == 2:
         if offsets is not None:
-            raise ValueError("offsets must be None when input is 2-D, [bags, length]: it gives the bags already")
+            raise ValueError(
+                "offsets must be None when input is 2-D, [bags, length]: it gives the bags already"
+            )
         if include_last_offset:
             raise ValueError("include_last_offset must be False when input is 2-D, [bags, length]")
     elif input.dim() == 1:
@@ -275,7 +308,7 @@ def _check_bag_input(input: Tensor, offsets: Tensor | None, include_last_offset:
         raise ValueError(f"input must be 1-D with offsets or 2-D [bags, length]; got shape {shape(input)}")
 
 
-def _check_weights(per_sample_weights: Tensor | None, input: Tensor, mode: str, table: MaskedTable):
+def _check_weights(per_sample_weights: Tensor | None, input: Tensor, mode: str, values: Tensor):
     """Weights in the ops' dtype (float32; float64 for a float64 table), or None."""
     if per_sample_weights is None:
         return None
@@ -286,11 +319,37 @@ def _check_weights(per_sample_weights: Tensor | None, input: Tensor, mode: str, 
         raise TypeError(f"per_sample_weights must be floating; got {per_sample_weights.dtype}")
     if per_sample_weights.shape != input.shape:
         raise ValueError(
-            f"per_sample_weights must have the shape of input, {shape(input)}; got {shape(per_sample_weights)}"
+            f"per_sample_weights must have the shape of input, {shape(input)}; "
+            f"got {shape(per_sample_weights)}"
         )
     check_device("per_sample_weights", per_sample_weights, "input", input)
-    wide = torch.float64 if table.values.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     return per_sample_weights.to(wide).contiguous()
+
+
+def check_lookup(
+    input: Tensor,
+    values: Tensor,
+    num_embeddings: int,
+    padding_idx: int | None = None,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+    mode: str = "sum",
+    include_last_offset: bool = False,
+    *,
+    bags: bool = False,
+) -> tuple:
+    """``input, offsets, per_sample_weights, padding_idx`` as the ops take them; raises as the public
+    functions say."""
+    check_dtype("input", input, INDEX_DTYPES)
+    check_device("input", input, "table.values", values)
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {tuple(MODES)}; got {mode!r}")
+    if bags:
+        _check_bag_input(input, offsets, include_last_offset)
+    weights = _check_weights(per_sample_weights, input, mode, values)
+    padding = check_padding_idx(padding_idx, num_embeddings)
+    return input.contiguous(), offsets.contiguous() if offsets is not None else None, weights, padding
 
 
 # ---- fused optimizers ----
@@ -316,7 +375,12 @@ class FusedOptimizer:
 
     @classmethod
     def create(
-        cls, kind: str, table: MaskedTable, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        cls,
+        kind: str,
+        table: MaskedTable,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ) -> "FusedOptimizer":
         """Raises ValueError for an unknown kind or values outside their range."""
         if kind not in OPTIMIZERS:
@@ -341,9 +405,7 @@ class _UpdatingLookup(torch.autograd.Function):
         mode, padding_idx, last, by_freq = options
         argmax = None
         if mode == EACH:
-            output = _EMBEDDING(
-                values, *index, indices, *sizes, padding_idx, by_freq, False, backend=backend
-            )
+            output = _EMBEDDING(values, *index, indices, *sizes, padding_idx, by_freq, False, backend=backend)
         else:
             output, places = _BAG(
                 values, *index, indices, offsets, weights, *sizes, *options, False, backend=backend
@@ -368,9 +430,9 @@ class _UpdatingLookup(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             optimizer.step += 1
             _UPDATE(
-                values, optimizer.state, optimizer.second_state, grad_output, *index, indices, offsets, weights,
-                argmax, *sizes, *options, OPTIMIZERS[optimizer.kind], optimizer.lr, *optimizer.betas, optimizer.eps,
-                optimizer.step, backend=backend,
+                values, optimizer.state, optimizer.second_state, grad_output, *index, indices, offsets,
+                weights, argmax, *sizes, *options, OPTIMIZERS[optimizer.kind], optimizer.lr, *optimizer.betas,
+                optimizer.eps, optimizer.step, backend=backend,
             )  # fmt: skip
         return None, grad_weights, None, None, None, None, None, None
 
@@ -408,7 +470,7 @@ def masked_embedding_pack(
 
 
 def masked_embedding_unpack(table: MaskedTable, *, backend: str | None = None) -> Tensor:
-    """The dense table ``[V, D]``, 0 where nothing is kept; differentiable with respect to ``table.values``."""
+    """The dense table ``[V, D]``, 0 where nothing is kept; differentiable in ``table.values``."""
     _check_table(table)
     return _UNPACK(table.values, *table.index, *table.sizes, backend=backend)
 
@@ -435,10 +497,10 @@ def masked_embedding_repack(
     check_shape("mask", bits, (num_rows, (dim + 7) // 8), "[V, ceil(D/8)]")
     index, values_shape = index_from_bits(bits, dim, layout or table.layout)
     new = MaskedTable(table.values.detach().new_empty(values_shape), *index, num_rows, dim)
-    return new._replace(values=_carry(table.values.detach(), table, new, backend))
+    return new._replace(values=carry(table.values.detach(), table, new, backend))
 
 
-def _carry(values: Tensor, table: MaskedTable, new: MaskedTable, backend: str | None = None) -> Tensor:
+def carry(values: Tensor, table: MaskedTable, new: MaskedTable, backend: str | None = None) -> Tensor:
     """``values``, or anything packed like them (optimizer moments), in the places of ``new``."""
     template = values.new_empty(new.values.shape)
     return _REPACK(values, *table.index, template, *new.index, *table.sizes, backend=backend)
@@ -475,11 +537,10 @@ def masked_embedding(
         IndexError: an index outside the table.
         ValueError, TypeError: dtypes, ``padding_idx``; a table that contradicts itself.
     """
-    _check_input(input, table)
-    padding = check_padding_idx(padding_idx, table.num_embeddings)
-    input = input.contiguous()
+    _check_table(table)
+    input, _, _, padding = check_lookup(input, table.values, table.num_embeddings, padding_idx)
     if max_norm is not None:
-        _renorm(input, table, max_norm, norm_type, backend)
+        renorm(input, table, max_norm, norm_type, backend)
     if fused is not None:
         options = (EACH, padding, False, scale_grad_by_freq)
         return _UpdatingLookup.apply(
@@ -527,19 +588,16 @@ def masked_embedding_bag(
         ValueError, TypeError: shapes, dtypes, offsets; ``mode="max"`` with ``sparse``,
             ``scale_grad_by_freq`` or ``per_sample_weights``; a table that contradicts itself.
     """
-    _check_input(input, table)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {tuple(MODES)}; got {mode!r}")
-    _check_bag_input(input, offsets, include_last_offset)
+    _check_table(table)
+    input, offsets, weights, padding = check_lookup(
+        input, table.values, table.num_embeddings, padding_idx, offsets, per_sample_weights, mode,
+        include_last_offset, bags=True,
+    )  # fmt: skip
     if mode == "max" and (sparse or scale_grad_by_freq):
         which = "sparse" if sparse else "scale_grad_by_freq"
         raise ValueError(f"{which} must be False when mode is 'max'")
-    weights = _check_weights(per_sample_weights, input, mode, table)
-    padding = check_padding_idx(padding_idx, table.num_embeddings)
-    input = input.contiguous()
-    offsets = offsets.contiguous() if offsets is not None else None
     if max_norm is not None:
-        _renorm(input, table, max_norm, norm_type, backend)
+        renorm(input, table, max_norm, norm_type, backend)
     options = (MODES[mode], padding, include_last_offset, scale_grad_by_freq)
     if fused is not None:
         return _UpdatingLookup.apply(
@@ -552,7 +610,10 @@ def masked_embedding_bag(
     return output
 
 
-def _renorm(input: Tensor, table: MaskedTable, max_norm: float, norm_type: float, backend: str | None) -> None:
+def renorm(
+    input: Tensor, table: MaskedTable, max_norm: float, norm_type: float, backend: str | None = None
+) -> None:
+    """Scale the looked-up rows down to ``max_norm``, in place."""
     if max_norm <= 0 or norm_type <= 0:
         raise ValueError(f"max_norm and norm_type must be positive; got {max_norm} and {norm_type}")
     values = table.values.detach()
@@ -583,7 +644,9 @@ def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: str
     return output.reshape(*input.shape[:-1], table.num_embeddings)
 
 
-def masked_embedding_propagate(adjacency: Tensor, table: MaskedTable, *, backend: str | None = None) -> Tensor:
+def masked_embedding_propagate(
+    adjacency: Tensor, table: MaskedTable, *, backend: str | None = None
+) -> Tensor:
     """``adjacency @ W``, as in graph propagation, without a dense copy.
 
     Args:

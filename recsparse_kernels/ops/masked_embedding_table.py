@@ -21,8 +21,8 @@ class MaskedTable(NamedTuple):
     Attributes:
         values: kept elements, row after row: ``[nnz]``, in layout fixed_k ``[V, k]``.
         rows: uint8, what is stored for each row, besides values: ``[V, ceil(D/8) + 4]`` mask bits and a
-            32-bit start (bitmask), ``[V, ceil(D/8)]`` mask bits (fixed_k), or ``[ceil(V/64), 12]`` for each 64
-            rows which of them hold anything and how many did before them (row_remap). Low bits and low
+            32-bit start (bitmask), ``[V, ceil(D/8)]`` mask bits (fixed_k), or ``[ceil(V/64), 12]`` for each
+            64 rows which of them hold anything and how many did before them (row_remap). Low bits and low
             bytes come first.
         bases: int64, added to the starts of 65536 rows each; None in fixed_k.
         starts: int32 read as unsigned, row_remap only: where each row that is not empty begins in ``values``.
@@ -57,7 +57,7 @@ class MaskedTable(NamedTuple):
         return self.rows, self.bases, self.starts, self.columns
 
 
-def _row_chunks(num_rows: int, dim: int):
+def row_chunks(num_rows: int, dim: int):
     step = max(1, CHUNK_ELEMENTS // max(dim, 1))
     return ((begin, min(num_rows, begin + step)) for begin in range(0, num_rows, step))
 
@@ -67,7 +67,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     num_rows, dim = mask.shape
     out = torch.empty(num_rows, (dim + 7) // 8, dtype=torch.uint8, device=mask.device)
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    for begin, end in _row_chunks(num_rows, dim):
+    for begin, end in row_chunks(num_rows, dim):
         part = torch.nn.functional.pad(mask[begin:end].to(torch.uint8), (0, -dim % 8))
         out[begin:end] = (part.unflatten(1, (-1, 8)) * places).sum(2, dtype=torch.uint8)
     return out
@@ -76,7 +76,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, dim: int) -> Tensor:
     """The inverse of `pack_bits`."""
     out = torch.empty(bits.shape[0], dim, dtype=torch.bool, device=bits.device)
-    for begin, end in _row_chunks(bits.shape[0], dim):
+    for begin, end in row_chunks(bits.shape[0], dim):
         out[begin:end] = _bits(bits[begin:end], dim)
     return out
 
@@ -85,17 +85,15 @@ def row_counts(bits: Tensor) -> Tensor:
     """Set bits of each row of bytes, int64 ``[V]``."""
     ones = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=bits.device)
     out = torch.empty(bits.shape[0], dtype=torch.int64, device=bits.device)
-    for begin, end in _row_chunks(bits.shape[0], 8 * bits.shape[1]):
+    for begin, end in row_chunks(bits.shape[0], 8 * bits.shape[1]):
         out[begin:end] = ones[bits[begin:end].int()].sum(1, dtype=torch.int64)
     return out
 
 
-def _starts_and_bases(counts: Tensor) -> tuple[Tensor, Tensor, int]:
-    """From counts [n]: low 32 bits of the n + 1 starts (int32), 64-bit bases, the total."""
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    bases = starts[:-1:BASE_ROWS].clone() if len(counts) else starts.clone()
-    low = starts - bases.repeat_interleave(BASE_ROWS)[: len(starts)] if len(counts) else starts * 0
-    return low, bases, int(starts[-1])
+def low_starts(starts: Tensor) -> tuple[Tensor, Tensor]:
+    """64-bit starts [n] as what they are past their base, int64 below 2^32, and the bases (at least one)."""
+    bases = starts[::BASE_ROWS].clone() if len(starts) else starts.new_zeros(1)
+    return starts - bases.repeat_interleave(BASE_ROWS)[: len(starts)], bases
 
 
 def _low_bytes(numbers: Tensor, count: int) -> Tensor:
@@ -107,7 +105,8 @@ def index_from_bits(bits: Tensor, embedding_dim: int, layout: str) -> tuple[tupl
     """What a table holds besides its values, ``(rows, bases, starts, columns)``, and the shape of ``values``.
 
     Raises:
-        ValueError: layout fixed_k, and rows keep different numbers of elements; or row_remap with too wide rows.
+        ValueError: layout fixed_k, and rows keep different numbers of elements; or row_remap, and rows are
+            too wide.
     """
     num_rows = bits.shape[0]
     counts = row_counts(bits)
@@ -115,12 +114,14 @@ def index_from_bits(bits: Tensor, embedding_dim: int, layout: str) -> tuple[tupl
         kept = int(counts[0]) if num_rows else 0
         if bool((counts != kept).any()):
             low, high = int(counts.min()), int(counts.max())
-            raise ValueError(f"mask must keep equally many elements in every row for fixed_k; got {low} to {high}")
+            raise ValueError(
+                f"mask must keep equally many elements in every row for fixed_k; got {low} to {high}"
+            )
         return (bits, None, None, None), (num_rows, kept)
     if layout == "bitmask":
-        low, bases, total = _starts_and_bases(counts)
-        rows = torch.cat([bits, _low_bytes(low[:num_rows], 4)], dim=1)
-        return (rows, bases, None, None), (total,)
+        low, bases = low_starts(counts.cumsum(0) - counts)
+        rows = torch.cat([bits, _low_bytes(low, 4)], dim=1)
+        return (rows, bases, None, None), (int(counts.sum()),)
     if embedding_dim > MAX_REMAP_DIM:
         raise ValueError(f"embedding_dim must be at most {MAX_REMAP_DIM} for row_remap; got {embedding_dim}")
     occupied = counts > 0
@@ -129,12 +130,10 @@ def index_from_bits(bits: Tensor, embedding_dim: int, layout: str) -> tuple[tupl
     ranks = per_block.cumsum(0) - per_block
     rows = torch.cat([pack_bits(blocks), _low_bytes(ranks, 4)], dim=1)
     kept_counts = counts[occupied]
-    starts = torch.nn.functional.pad(kept_counts.cumsum(0), (1, 0))
-    bases = starts[::BASE_ROWS].clone()
-    low = starts - bases.repeat_interleave(BASE_ROWS)[: len(starts)]
+    low, bases = low_starts(torch.nn.functional.pad(kept_counts.cumsum(0), (1, 0)))
     columns = [
         _bits(bits[begin:end], embedding_dim).nonzero()[:, 1].to(torch.uint8)
-        for begin, end in _row_chunks(num_rows, embedding_dim)
+        for begin, end in row_chunks(num_rows, embedding_dim)
     ]
     columns = torch.cat(columns) if columns else bits.new_empty(0)
     return (rows, bases, low.to(torch.int32), columns), (len(columns),)
@@ -149,7 +148,7 @@ def mask_bits(table: MaskedTable) -> Tensor:
     starts = _remap_starts(table)
     row = occupied.nonzero().squeeze(1).repeat_interleave(starts.diff())
     out = table.rows.new_empty(table.num_embeddings, mask_bytes)
-    for begin, end in _row_chunks(table.num_embeddings, table.embedding_dim):
+    for begin, end in row_chunks(table.num_embeddings, table.embedding_dim):
         first, last = torch.searchsorted(row, torch.tensor([begin, end], device=row.device)).tolist()
         part = torch.zeros(end - begin, table.embedding_dim, dtype=torch.bool, device=row.device)
         part[row[first:last] - begin, table.columns[first:last].long()] = True
@@ -163,7 +162,7 @@ def _remap_starts(table: MaskedTable) -> Tensor:
 
 
 def check_table(table: MaskedTable) -> None:
-    """Raises ValueError unless the table's tensors agree with each other: shapes, mask bits, starts, columns."""
+    """Raises ValueError unless the table's tensors agree with each other."""
     rows, dim = table.rows, table.embedding_dim
     mask_bytes = (dim + 7) // 8
     wanted = {
@@ -180,10 +179,14 @@ def check_table(table: MaskedTable) -> None:
         raise ValueError(f"rows has mask bits past embedding_dim {dim}")
     index, values_shape = index_from_bits(bits, dim, table.layout)
     if tuple(table.values.shape) != values_shape:
-        raise ValueError(f"values must have shape {values_shape}, what the mask keeps; got {shape(table.values)}")
+        raise ValueError(
+            f"values must have shape {values_shape}, what the mask keeps; got {shape(table.values)}"
+        )
     for name, own, right in zip(("rows", "bases", "starts", "columns"), table.index, index, strict=True):
         if (own is None) != (right is None) or (own is not None and not torch.equal(own, right)):
-            raise ValueError(f"{name} does not fit the mask: its starts are not the running sum of what rows keep")
+            raise ValueError(
+                f"{name} does not fit the mask: its starts are not the running sum of what rows keep"
+            )
 
 
 def _check_remap(table: MaskedTable) -> None:
@@ -197,13 +200,16 @@ def _check_remap(table: MaskedTable) -> None:
         raise ValueError("rows does not count the kept rows before each block")
     if table.columns.numel() != table.values.numel():
         raise ValueError(
-            f"columns must have one element for each of {table.values.numel()} values; got {table.columns.numel()}"
+            f"columns must have one element for each of {table.values.numel()} values; "
+            f"got {table.columns.numel()}"
         )
     starts = _remap_starts(table)
     if int(starts[0]) != 0 or bool((starts.diff() < 1).any()) or int(starts[-1]) != table.columns.numel():
         raise ValueError("starts must ascend from 0 to the number of values")
     if table.columns.numel() and int(table.columns.max()) >= table.embedding_dim:
-        raise ValueError(f"columns must be below embedding_dim {table.embedding_dim}; got {int(table.columns.max())}")
+        raise ValueError(
+            f"columns must be below embedding_dim {table.embedding_dim}; got {int(table.columns.max())}"
+        )
 
 
 def magnitude_mask(weight: Tensor, density: float) -> Tensor:
@@ -245,7 +251,7 @@ def magnitude_mask(weight: Tensor, density: float) -> Tensor:
 def row_magnitude_mask(weight: Tensor, kept: int) -> Tensor:
     """The ``kept`` largest magnitudes of each row, bool."""
     mask = torch.zeros_like(weight, dtype=torch.bool)
-    for begin, end in _row_chunks(*weight.shape):
+    for begin, end in row_chunks(*weight.shape):
         top = weight[begin:end].detach().abs().topk(kept, dim=1).indices
         mask[begin:end].scatter_(1, top, True)
     return mask
@@ -258,12 +264,12 @@ def random_mask_bits(
     ``round(density * D)`` in each row), drawn in chunks from torch's generator."""
     bits = torch.empty(num_rows, (dim + 7) // 8, dtype=torch.uint8)
     if layout == "fixed_k":
-        for begin, end in _row_chunks(num_rows, dim):
+        for begin, end in row_chunks(num_rows, dim):
             draw = torch.rand(end - begin, dim, generator=generator)
             bits[begin:end] = pack_bits(row_magnitude_mask(draw, round(density * dim)))
         return bits
     count = round(density * num_rows * dim)
-    for begin, end in _row_chunks(num_rows, dim):
+    for begin, end in row_chunks(num_rows, dim):
         bits[begin:end] = pack_bits(torch.rand(end - begin, dim, generator=generator) < density)
     excess = int(row_counts(bits).sum()) - count
     # Even choice given the number kept, so flipping an even choice of `excess` leaves it even.
@@ -278,7 +284,6 @@ def random_mask_bits(
         byte = flippable // dim * bits.shape[1] + flippable % dim // 8
         flip = torch.ones_like(flippable, dtype=torch.uint8) << (flippable % dim % 8).to(torch.uint8)
         # several flips may fall into one byte: they are different bits, so the sum is their union
-        change = torch.zeros(0, dtype=torch.int64)
         which, inverse = torch.unique(byte, return_inverse=True)
         change = torch.zeros(len(which), dtype=torch.int64).index_add_(0, inverse, flip.long())
         flat[which] ^= change.to(torch.uint8)

@@ -15,7 +15,6 @@ Bags are ``indices[offsets[b] : offsets[b + 1]]``, or without offsets the rows o
 A ``padding_idx`` of -1 means none.
 """
 
-
 import torch
 from torch import Tensor
 
@@ -62,7 +61,9 @@ def row_positions(
         kept = torch.zeros(len(indices), embedding_dim, dtype=torch.bool, device=rows.device)
         count = end - start
         row = torch.repeat_interleave(torch.arange(len(indices), device=rows.device), count)
-        within = torch.arange(len(row), device=rows.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        within = torch.arange(len(row), device=rows.device) - torch.repeat_interleave(
+            count.cumsum(0) - count, count
+        )
         kept[row, columns[start[row] + within].long()] = True
     else:
         kept = _bits(rows[indices, :mask_bytes], embedding_dim)
@@ -103,7 +104,11 @@ def _bags(
         return flat, each, each
     if offsets is None:
         bags, length = indices.shape
-        return flat, torch.arange(bags, device=device).repeat_interleave(length), torch.arange(bags, device=device) * length
+        return (
+            flat,
+            torch.arange(bags, device=device).repeat_interleave(length),
+            torch.arange(bags, device=device) * length,
+        )
     offsets = offsets.long()
     if include_last_offset and offsets.numel() == 0:
         raise ValueError("offsets must have at least one entry with include_last_offset")
@@ -123,7 +128,9 @@ def _bags(
     return flat[: int(ends[-1])], bag, ends[:-1]
 
 
-def _bag_scale(flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
+def _bag_scale(
+    flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int, dtype: torch.dtype
+) -> Tensor:
     """1, or for mean 1 / number of lookups without padding, [B]."""
     if mode != MEAN:
         return torch.ones(bags, dtype=dtype, device=flat.device)
@@ -443,7 +450,10 @@ def masked_embedding_matmul_t(
     embedding_dim: int,
 ) -> Tensor:
     """``input [B, D] @ W.T``, [B, V]."""
-    return input @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim).t()
+    return (
+        input
+        @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim).t()
+    )
 
 
 def masked_embedding_matmul_t_grad_input(
@@ -457,7 +467,9 @@ def masked_embedding_matmul_t_grad_input(
     embedding_dim: int,
 ) -> Tensor:
     """``grad_output [B, V] @ W``, [B, D]."""
-    return grad_output @ masked_embedding_unpack(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
+    return grad_output @ masked_embedding_unpack(
+        values, rows, bases, starts, columns, num_embeddings, embedding_dim
+    )
 
 
 def masked_embedding_matmul_t_grad_values(
@@ -475,3 +487,57 @@ def masked_embedding_matmul_t_grad_values(
     return masked_embedding_unpack_grad_values(
         grad_output.t() @ input, values, rows, bases, starts, columns, num_embeddings, embedding_dim
     )
+
+
+def record_masks(
+    like: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    kept: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Mask bits [V, ceil(D/8)] of a table in records, first element of each record [V], mask elements."""
+    size, mask_bytes = like.element_size(), (embedding_dim + 7) // 8
+    mask_elements = -(-mask_bytes // size)
+    row = torch.arange(num_embeddings, device=records.device)
+    begins = row * (mask_elements + kept)
+    if kept < 0:
+        begins = bases[row // BASE_ROWS] + (starts.long() & 0xFFFFFFFF)
+    byte = (begins * size).unsqueeze(1) + torch.arange(mask_bytes, device=records.device)
+    return records.view(torch.uint8)[byte], begins, mask_elements
+
+
+def masked_embedding_records(
+    like: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    kept: int,
+    mode: int,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> Tensor:
+    """Lookups in a table whose rows are records of mask and values (ops/masked_embedding_records.py):
+    pooled rows [B, D], or [N, D] in mode 3. ``kept`` is k of layout fixed_k, else -1."""
+    bits, begins, mask_elements = record_masks(
+        like, records, starts, bases, num_embeddings, embedding_dim, kept
+    )
+    keep = _bits(bits, embedding_dim)
+    at = (begins + mask_elements).unsqueeze(1) + keep.long().cumsum(1) - 1
+    weight = like.new_zeros(keep.shape)
+    weight[keep] = records.view(like.dtype)[at[keep]]
+    full = torch.nn.functional.pad(weight.new_ones(keep.shape, dtype=torch.uint8), (0, -embedding_dim % 8))
+    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=like.device)
+    rows = (full.unflatten(1, (-1, 8)) * places).sum(2, dtype=torch.uint8)
+    output, _ = masked_embedding_bag(
+        weight, rows, None, None, None, indices, offsets, per_sample_weights, num_embeddings, embedding_dim,
+        mode, padding_idx, include_last_offset, False, False,
+    )  # fmt: skip
+    return output
