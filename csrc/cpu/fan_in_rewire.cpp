@@ -183,7 +183,7 @@ class Regrowth {
     for (int64_t f : dropped) columns[f] = Index(-1);
     for (int64_t f = 0; f < r_.size.fan_in; ++f)
       if (columns[f] >= 0) taken_[size_t(columns[f])] = 1;
-    std::vector<int64_t> waiting = dropped, still;
+    std::vector<int64_t> waiting(dropped.begin(), dropped.end()), still;
     for (int attempt = 0; attempt < kDrawRounds && !waiting.empty(); ++attempt) {
       still.clear();
       for (int64_t f : waiting)

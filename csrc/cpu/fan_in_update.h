@@ -1,7 +1,6 @@
 // The optimizer step of one chunk of labels, right after its gradient is known.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include "fan_in_chunks.h"
@@ -24,6 +23,14 @@ inline uint64_t split_mix(uint64_t x) {  // the finalizer of SplitMix64
 }
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
+// 1 / (1 - beta^step); by squaring, since pow would ask for a newer libm than manylinux_2_28
+inline float bias_correction(double beta, int64_t step) {
+  double power = 1.0;
+  for (; step > 0; step >>= 1, beta *= beta)
+    if (step & 1) power *= beta;
+  return float(1.0 / (1.0 - power));
+}
+
 inline int64_t moments_of(const FanInStep& step) {
   RS_CHECK_VALUE(step.optimizer >= 0 && step.optimizer <= 2,
                  "optimizer must be 0 (SGD), 1 (Adam) or 2 (AdamW); got ", step.optimizer);
@@ -43,8 +50,8 @@ class FanInUpdate {
                    float(step.beta1),
                    float(step.beta2),
                    float(step.eps),
-                   float(1.0 / (1.0 - std::pow(step.beta1, double(step.step)))),
-                   float(1.0 / (1.0 - std::pow(step.beta2, double(step.step))))},
+                   bias_correction(step.beta1, step.step),
+                   bias_correction(step.beta2, step.step)},
         weight_(mutable_data<T>(weight)),
         bias_(bias ? mutable_data<T>(*bias) : nullptr),
         stochastic_(step.stochastic_rounding),
