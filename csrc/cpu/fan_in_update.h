@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "fan_in_chunks.h"
-#include "glibc_pow.h"
 
 namespace recsparse {
 
