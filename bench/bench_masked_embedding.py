@@ -131,8 +131,8 @@ def test_layouts(layout, density, benchmark):
     spin = functools.partial(rotating, make, bytes_each=bags * length * D * 4)
     with torch.no_grad():
         compare(
-            Case(f"masked_embedding_bag {layout}", "forward", shape_text(V, D, density, bags, length), "float32",
-                 density),
+            Case(f"masked_embedding_bag {layout}", "forward", shape_text(V, D, density, bags, length),
+                 density=density),
             {
                 "nn.EmbeddingBag": spin(lambda i, o: F.embedding_bag(i, weight, o, mode="sum")),
                 "ours": spin(lambda i, o: masked_embedding_bag(i, table, o, mode="sum")),
@@ -224,8 +224,8 @@ def test_matmul_t(batch, benchmark):
 
     with torch.no_grad():
         compare(
-            Case("masked_embedding_matmul_t", "forward", f"B={batch} V={V} D={D} density={density}", "float32",
-                 density),
+            Case("masked_embedding_matmul_t", "forward", f"B={batch} V={V} D={D} density={density}",
+                 density=density),
             {
                 "F.linear": spin(lambda x: F.linear(x, weight)),
                 "ours": spin(lambda x: masked_embedding_matmul_t(x, table)),

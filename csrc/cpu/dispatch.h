@@ -69,6 +69,10 @@ class Scratch {
   T* data_;
 };
 
+// Indices a thread scans at least when only their range is checked: a hand-off to another thread
+// costs more than this many, and on a busy machine it can cost a scheduler's time slice.
+constexpr int64_t kIndicesPerCheck = int64_t(1) << 18;
+
 // body(begin, end) over [0, count) in parallel, at least `grain` a thread.
 template <class F>
 void parallel_for(int64_t count, int64_t grain, const F& body) {

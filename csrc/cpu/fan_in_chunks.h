@@ -144,13 +144,14 @@ void check_index_range(const FanInSizes& size, const Tensor& indices) {
   const FanInIndices source(indices);
   const int64_t count = size.rows * size.fan_in;
   std::atomic<bool> valid{true};
-  parallel_for((count + kBlock - 1) / kBlock, 16, [&](int64_t begin, int64_t end) {
-    Scratch<int32_t> ignored(kBlock);
-    for (int64_t i = begin * kBlock; i < std::min(end * kBlock, count); i += kBlock)
-      if (!source.scale(fan_in_kernels<T>(), i, std::min(kBlock, count - i), size.in_features, 1,
-                        ignored.get()))
-        valid = false;
-  });
+  parallel_for((count + kBlock - 1) / kBlock, kIndicesPerCheck / kBlock,
+               [&](int64_t begin, int64_t end) {
+                 Scratch<int32_t> ignored(kBlock);
+                 for (int64_t i = begin * kBlock; i < std::min(end * kBlock, count); i += kBlock)
+                   if (!source.scale(fan_in_kernels<T>(), i, std::min(kBlock, count - i),
+                                     size.in_features, 1, ignored.get()))
+                     valid = false;
+               });
   if (!valid) raise_index_range(size.in_features);
 }
 

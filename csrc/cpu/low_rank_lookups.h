@@ -27,7 +27,7 @@ inline void check_index_range(const Tensor& indices, const char* name, int64_t l
   const char* base = static_cast<const char*>(indices.const_data_ptr());
   const int64_t width = wide ? 8 : 4;
   std::atomic<bool> good{true};
-  parallel_for(indices.numel(), 8 * kLookupsPerTask, [&](int64_t begin, int64_t end) {
+  parallel_for(indices.numel(), kIndicesPerCheck, [&](int64_t begin, int64_t end) {
     if (!low_rank_embedding_kernels<float>().in_range(base + begin * width, wide, end - begin,
                                                       limit))
       good = false;

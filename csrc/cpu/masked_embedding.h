@@ -54,7 +54,7 @@ inline void check_index_range(const Tensor& indices, int64_t num_embeddings) {
     using Index = typename decltype(tag)::type;
     const Index* p = data<Index>(indices);
     std::atomic<bool> outside{false};
-    parallel_for(indices.numel(), 16384, [&](int64_t begin, int64_t end) {
+    parallel_for(indices.numel(), kIndicesPerCheck, [&](int64_t begin, int64_t end) {
       int64_t sign = 0;  // negative once any index or V - 1 - index is
       for (int64_t j = begin; j < end; ++j)
         sign |= int64_t(p[j]) | (num_embeddings - 1 - int64_t(p[j]));

@@ -257,6 +257,8 @@ void update(const Tensor& values, const Tensor& state, const Tensor& second_stat
     job.lr = float(lr);
     job.beta1 = float(beta1);
     job.beta2 = float(beta2);
+    job.rest1 = float(1.0 - beta1);
+    job.rest2 = float(1.0 - beta2);
     job.eps = float(eps);
     job.correction1 = float(1.0 - std::pow(beta1, double(step)));
     job.correction2 = float(std::sqrt(1.0 - std::pow(beta2, double(step))));

@@ -58,7 +58,7 @@ RS_INLINE float sum_of_squares(const float* g, int64_t count) {
 template <class T>
 RS_INLINE void adam_update(const MaskedSegments<T>& job, float* g, int64_t count, int64_t start) {
   const Vec beta1 = broadcast(job.beta1), beta2 = broadcast(job.beta2);
-  const Vec rest1 = broadcast(1.0f - job.beta1), rest2 = broadcast(1.0f - job.beta2);
+  const Vec rest1 = broadcast(job.rest1), rest2 = broadcast(job.rest2);
   const Vec step = broadcast(job.lr / job.correction1);
   const Vec root = broadcast(1.0f / job.correction2), eps = broadcast(job.eps);
   for (int64_t n = 0; n < count; n += kLanes) {

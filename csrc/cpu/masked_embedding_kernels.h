@@ -123,6 +123,7 @@ struct MaskedSegments {
   float* state;         // row Adagrad [V]; Adam: first moment, packed
   float* second_state;  // Adam: second moment, packed
   float lr, beta1, beta2, eps, correction1, correction2;
+  float rest1, rest2;  // 1 - beta: from doubles, the float difference loses 5 digits at beta 0.999
 };
 
 template <class T>

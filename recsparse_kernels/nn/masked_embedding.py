@@ -517,8 +517,8 @@ class MaskedEmbedding(_MaskedBase):
     @classmethod
     def from_pretrained(
         cls, embeddings, freeze=True, padding_idx=None, max_norm=None, norm_type=2.0,
-        scale_grad_by_freq=False, sparse=False, *,
-        density: float | None = None, mask: Tensor | None = None, layout: str = "bitmask",
+        scale_grad_by_freq=False, sparse=False, *, density: float | None = None,
+        mask: Tensor | None = None, layout: str = "bitmask",
     ) -> "MaskedEmbedding":  # fmt: skip
         """As ``nn.Embedding.from_pretrained``, then `from_dense`."""
         dense = nn.Embedding.from_pretrained(

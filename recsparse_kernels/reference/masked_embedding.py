@@ -11,7 +11,7 @@ layout uses some (csrc/cpu/masked_embedding_kernels.h draws them):
     row_remap   [nnz]      [ceil(V/64), 12] uint8     int64   [kept rows + 1]   [nnz] uint8
 
 Bags are ``indices[offsets[b] : offsets[b + 1]]``, or without offsets the rows of ``indices [B, L]``.
-``mode`` is 0 sum, 1 mean, 2 max, or 3: each index is a bag of its own, padding is looked up too.
+``pooling_mode`` is 0 sum, 1 mean, 2 max, or 3: each index is a bag of its own, padding is looked up too.
 A ``padding_idx`` of -1 means none.
 """
 
@@ -93,13 +93,13 @@ def _check_indices(indices: Tensor, num_embeddings: int) -> None:
 
 
 def _bags(
-    indices: Tensor, offsets: Tensor | None, mode: int, include_last_offset: bool, num_embeddings: int
+    indices: Tensor, offsets: Tensor | None, pooling_mode: int, include_last_offset: bool, num_embeddings: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Flat indices [N], the bag of each [N] (indices in no bag are cut off), first lookup of each bag [B]."""
     _check_indices(indices, num_embeddings)
     flat = indices.reshape(-1)
     device = flat.device
-    if mode == EACH:
+    if pooling_mode == EACH:
         each = torch.arange(flat.numel(), device=device)
         return flat, each, each
     if offsets is None:
@@ -129,10 +129,10 @@ def _bags(
 
 
 def _bag_scale(
-    flat: Tensor, bag: Tensor, bags: int, mode: int, padding_idx: int, dtype: torch.dtype
+    flat: Tensor, bag: Tensor, bags: int, pooling_mode: int, padding_idx: int, dtype: torch.dtype
 ) -> Tensor:
     """1, or for mean 1 / number of lookups without padding, [B]."""
-    if mode != MEAN:
+    if pooling_mode != MEAN:
         return torch.ones(bags, dtype=dtype, device=flat.device)
     count = torch.zeros(bags, dtype=torch.long, device=flat.device)
     count.index_add_(0, bag, (flat != padding_idx).long())
@@ -169,7 +169,7 @@ def masked_embedding_bag(
     per_sample_weights: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
     scale_grad_by_freq: bool,
@@ -177,11 +177,11 @@ def masked_embedding_bag(
 ) -> tuple[Tensor, Tensor]:
     """Pooled rows [B, D]; and for max where in its bag each maximum is, int32 [B, D] (-1: empty bag),
     for the other modes [0, D]. The last two arguments only matter to the gradient."""
-    flat, bag, first = _bags(indices, offsets, mode, include_last_offset, num_embeddings)
+    flat, bag, first = _bags(indices, offsets, pooling_mode, include_last_offset, num_embeddings)
     bags = len(first)
     looked_up = _lookup(values, rows, bases, starts, columns, embedding_dim, flat)
     counted = flat != padding_idx
-    if mode == MAX:
+    if pooling_mode == MAX:
         output = looked_up.new_zeros(bags, embedding_dim)
         argmax = torch.full((bags, embedding_dim), -1, dtype=torch.int32, device=values.device)
         for b in range(bags):
@@ -196,7 +196,7 @@ def masked_embedding_bag(
         wide = wide * per_sample_weights.reshape(-1)[: len(flat)].to(wide.dtype).unsqueeze(1)
     wide = torch.where(counted.unsqueeze(1), wide, 0)
     output = wide.new_zeros(bags, embedding_dim).index_add_(0, bag, wide)
-    output = output * _bag_scale(flat, bag, bags, mode, padding_idx, wide.dtype).unsqueeze(1)
+    output = output * _bag_scale(flat, bag, bags, pooling_mode, padding_idx, wide.dtype).unsqueeze(1)
     return output.to(values.dtype), torch.empty(0, embedding_dim, dtype=torch.int32, device=values.device)
 
 
@@ -211,15 +211,15 @@ def masked_embedding_bag_grad_per_sample_weights(
     offsets: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
     """``grad[j] = scale(b) <grad_output[b], W[indices[j]]>``, float32 (float64 for a float64 table)."""
-    flat, bag, first = _bags(indices, offsets, mode, include_last_offset, num_embeddings)
+    flat, bag, first = _bags(indices, offsets, pooling_mode, include_last_offset, num_embeddings)
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     looked_up = _lookup(values, rows, bases, starts, columns, embedding_dim, flat).to(wide)
-    scale = _bag_scale(flat, bag, len(first), mode, padding_idx, wide)
+    scale = _bag_scale(flat, bag, len(first), pooling_mode, padding_idx, wide)
     dots = (grad_output.to(wide)[bag] * looked_up).sum(1) * scale[bag]
     grad = torch.zeros(indices.shape, dtype=wide, device=values.device)
     grad.view(-1)[: len(flat)] = torch.where(flat != padding_idx, dots, 0)
@@ -227,15 +227,15 @@ def masked_embedding_bag_grad_per_sample_weights(
 
 
 def _lookup_gradients(
-    grad_output, flat, bag, first, per_sample_weights, argmax, mode, padding_idx, scale_grad_by_freq
+    grad_output, flat, bag, first, per_sample_weights, argmax, pooling_mode, padding_idx, scale_grad_by_freq
 ) -> Tensor:
     """Gradient with respect to each looked-up row, [N, D]; 0 for padding."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     grads = grad_output.to(wide)[bag]
-    if mode == MAX:
+    if pooling_mode == MAX:
         place = torch.arange(len(flat), device=flat.device) - first[bag]
         grads = torch.where(argmax[bag] == place.unsqueeze(1), grads, 0)
-    scale = _bag_scale(flat, bag, len(first), mode, padding_idx, wide)[bag]
+    scale = _bag_scale(flat, bag, len(first), pooling_mode, padding_idx, wide)[bag]
     if per_sample_weights is not None:
         scale = scale * per_sample_weights.reshape(-1)[: len(flat)].to(wide)
     if scale_grad_by_freq:
@@ -258,16 +258,24 @@ def masked_embedding_bag_grad_values(
     argmax: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
     scale_grad_by_freq: bool,
 ) -> Tensor:
     """Gradient of the kept values, of the shape of ``values``; looked-up rows are summed in order."""
-    flat, bag, first = _bags(indices, offsets, mode, include_last_offset, num_embeddings)
+    flat, bag, first = _bags(indices, offsets, pooling_mode, include_last_offset, num_embeddings)
     kept, at = row_positions(values, rows, bases, starts, columns, embedding_dim, flat)
     grads = _lookup_gradients(
-        grad_output, flat, bag, first, per_sample_weights, argmax, mode, padding_idx, scale_grad_by_freq
+        grad_output,
+        flat,
+        bag,
+        first,
+        per_sample_weights,
+        argmax,
+        pooling_mode,
+        padding_idx,
+        scale_grad_by_freq,
     )
     grad = grads.new_zeros(values.numel()).index_add_(0, at[kept], grads[kept])
     return grad.view(values.shape).to(values.dtype)
@@ -285,7 +293,7 @@ def masked_embedding_bag_grad_touched(
     per_sample_weights: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
     scale_grad_by_freq: bool,
@@ -294,9 +302,9 @@ def masked_embedding_bag_grad_touched(
     in layout fixed_k rows ascending [n], gradients [n, k]."""
     grad = masked_embedding_bag_grad_values(
         grad_output, values, rows, bases, starts, columns, indices, offsets, per_sample_weights, None,
-        num_embeddings, embedding_dim, mode, padding_idx, include_last_offset, scale_grad_by_freq,
+        num_embeddings, embedding_dim, pooling_mode, padding_idx, include_last_offset, scale_grad_by_freq,
     )  # fmt: skip
-    flat, _, _ = _bags(indices, offsets, mode, include_last_offset, num_embeddings)
+    flat, _, _ = _bags(indices, offsets, pooling_mode, include_last_offset, num_embeddings)
     touched = torch.unique(flat[flat != padding_idx].long())
     if values.dim() == 2:
         return touched, grad[touched]
@@ -319,7 +327,7 @@ def masked_embedding_bag_update(
     argmax: Tensor | None,
     num_embeddings: int,
     embedding_dim: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
     scale_grad_by_freq: bool,
@@ -336,9 +344,17 @@ def masked_embedding_bag_update(
     1 row Adagrad  state[i] += sum(g^2) / D;  v -= lr g / (sqrt(state[i]) + eps)
     2 Adam         as torch.optim.SparseAdam: moments of untouched rows stay
     """
-    flat, bag, first = _bags(indices, offsets, mode, include_last_offset, num_embeddings)
+    flat, bag, first = _bags(indices, offsets, pooling_mode, include_last_offset, num_embeddings)
     grads = _lookup_gradients(
-        grad_output, flat, bag, first, per_sample_weights, argmax, mode, padding_idx, scale_grad_by_freq
+        grad_output,
+        flat,
+        bag,
+        first,
+        per_sample_weights,
+        argmax,
+        pooling_mode,
+        padding_idx,
+        scale_grad_by_freq,
     )
     touched, which = torch.unique(flat.long(), return_inverse=True)
     g = grads.new_zeros(len(touched), embedding_dim).index_add_(0, which, grads)
@@ -520,12 +536,12 @@ def masked_embedding_records(
     num_embeddings: int,
     embedding_dim: int,
     kept: int,
-    mode: int,
+    pooling_mode: int,
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
     """Lookups in a table whose rows are records of mask and values (ops/masked_embedding_records.py):
-    pooled rows [B, D], or [N, D] in mode 3. ``kept`` is k of layout fixed_k, else -1."""
+    pooled rows [B, D], or [N, D] in pooling_mode 3. ``kept`` is k of layout fixed_k, else -1."""
     bits, begins, mask_elements = record_masks(
         like, records, starts, bases, num_embeddings, embedding_dim, kept
     )
@@ -538,6 +554,6 @@ def masked_embedding_records(
     rows = (full.unflatten(1, (-1, 8)) * places).sum(2, dtype=torch.uint8)
     output, _ = masked_embedding_bag(
         weight, rows, None, None, None, indices, offsets, per_sample_weights, num_embeddings, embedding_dim,
-        mode, padding_idx, include_last_offset, False, False,
+        pooling_mode, padding_idx, include_last_offset, False, False,
     )  # fmt: skip
     return output

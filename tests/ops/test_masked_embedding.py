@@ -595,7 +595,7 @@ def test_matmul_t(layout, dtype, backend):
         grad = torch.randn(batch, V).to(dtype)
         results = []
         for cast, run_on in ((dtype, backend), (torch.float64, "reference"), (torch.float32, "reference")):
-            own, input = with_grad(wider(base, cast)), x.to(cast).requires_grad_()
+            own, input = with_grad(wider(base, cast)), x.to(cast, copy=True).requires_grad_()
             output = masked_embedding_matmul_t(input, own, backend=run_on)
             output.backward(grad.to(cast))
             results.append(
