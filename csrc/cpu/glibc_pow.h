@@ -2,6 +2,8 @@
 // manylinux_2_28 (compat.cpp). Include this where pow is called.
 #pragma once
 
+#include <cstdint>  // defines __GLIBC__
+
 #if defined(__x86_64__) && defined(__GLIBC__)
 __asm__(".symver pow,pow@GLIBC_2.2.5");
 #endif
