@@ -71,7 +71,9 @@ struct RowReader {
     const char* p = reinterpret_cast<const char*>(table.values + start);
     __builtin_prefetch(p);
     for (int64_t line = 64; line < table.mean_bytes; line += 64) __builtin_prefetch(p + line);
-    __builtin_prefetch(p + table.mean_bytes);
+    constexpr int64_t kLoadBytes =
+        kLanes * int64_t(sizeof(T));  // the least that a row's loads touch
+    __builtin_prefetch(p + (table.mean_bytes > kLoadBytes ? table.mean_bytes : kLoadBytes) - 1);
   }
 
   // row_remap: whether row i holds anything, and its rank among the rows that do.
@@ -152,13 +154,25 @@ RS_INLINE bool for_each_vector(const MaskedTable<T>& table, const uint64_t (&bit
   }
   const T* p = table.values + start;
   if (roomy) [[likely]] {
+    // A whole load near the end of the row would touch a line past it, which nobody has prefetched:
+    // a miss for values that are not used. So no load starts later than kLanes before the end (or
+    // at the start of a shorter row); its lanes are shifted instead.
+    int64_t count = 0;
+    for (int w = 0; w < kWords; ++w) count += popcount(bits[w]);
+    const T* last = p + (count > kLanes ? count - kLanes : 0);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int shift = v % kPerWord * kLanes;
       if (v && shift == 0) p += popcount(bits[v / kPerWord - 1]);
       const uint64_t word = bits[v / kPerWord];
+      const uint32_t lanes = uint32_t(word >> shift & kLaneBits);
       const T* packed = p + popcount(word & ((uint64_t(1) << shift) - 1));
-      body(v, expand_lanes(uint32_t(word >> shift & kLaneBits), load(packed)));
+      if (v == 0) {
+        body(v, expand_lanes(lanes, load(packed)));
+      } else {
+        const T* from = packed < last ? packed : last;
+        body(v, expand_lanes(lanes, shift_lanes(load(from), int(packed - from))));
+      }
     }
   } else {
     for (int v = 0; v < kVectors; ++v) {

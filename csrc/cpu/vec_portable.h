@@ -141,6 +141,10 @@ RS_CALL static Vec expand_lanes(uint32_t bits, Vec packed) {
   int next = 0;
   return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
 }
+// Lane i takes lane i + n, 0 <= n <= kLanes; the last n lanes are unspecified.
+RS_CALL static Vec shift_lanes(Vec a, int n) {
+  return each_lane([&](int i) { return a.v[(i + n) % kLanes]; });
+}
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
 RS_CALL static Vec compress_lanes(uint32_t bits, Vec a) {
   Vec out = zero();
