@@ -19,15 +19,15 @@ def newest(path: Path) -> dict[tuple, dict[str, dict]]:
 
 
 def table(path: Path) -> str:
-    """Rows: op, passes, shape, dtype, ours against dense (with the spread of ours), best other candidate."""
+    """Rows: op, passes, shape, dtype, ours against dense (with the spread of ours), best peer."""
     rows = ["| op | passes | shape | dtype | ours / dense | spread | best peer / dense |", "|" + " --- |" * 7]
     for (op, passes, shape, dtype), lines in newest(path).items():
         ours = [line for name, line in lines.items() if name.startswith("ours")]
         if not ours:
             continue
-        best = max(ours, key=lambda line: line["speedup_over_dense"])
-        scale = best["speedup_over_dense"] * best["p50_ms"]
-        spread = f"{scale / best['p80_ms']:.2f}-{scale / best['p20_ms']:.2f}"
+        first = ours[0]  # the form the bench names first; its other forms are in the file
+        scale = first["speedup_over_dense"] * first["p50_ms"]
+        spread = f"{scale / first['p80_ms']:.2f}-{scale / first['p20_ms']:.2f}"
         peers = [
             line
             for name, line in lines.items()
@@ -35,8 +35,8 @@ def table(path: Path) -> str:
         ]
         peer = max(peers, key=lambda line: line["speedup_over_dense"], default=None)
         peer_text = f"{peer['speedup_over_dense']:.2f}x {peer['backend']}" if peer else ""
-        name = "" if best["backend"] == "ours" else f" ({best['backend']})"
-        speedup = f"{best['speedup_over_dense']:.2f}x{name}"
+        name = "" if first["backend"] == "ours" else f" ({first['backend']})"
+        speedup = f"{first['speedup_over_dense']:.2f}x{name}"
         rows.append(f"| {op} | {passes} | {shape} | {dtype} | {speedup} | {spread} | {peer_text} |")
     return "\n".join(rows)
 
