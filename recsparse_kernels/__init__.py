@@ -3,7 +3,7 @@
 from . import nn, ops
 from .adapters import register_adapter
 from .advise import advise
-from .config import cpu_level, cpu_levels, set_cpu_level, show_config
+from .config import cpu_level, cpu_levels, set_check_indices, set_cpu_level, show_config
 from .dense_checkpoint import dense_state_dict, load_dense_state_dict
 from .explain import explain
 from .optimizer_remap import remap_optimizer
@@ -23,6 +23,7 @@ __all__ = [
     "ops",
     "register_adapter",
     "remap_optimizer",
+    "set_check_indices",
     "set_cpu_level",
     "show_config",
     "swap_modules",

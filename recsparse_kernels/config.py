@@ -10,6 +10,9 @@ import torch
 from . import _native
 
 CPU_LEVELS = ("portable", "avx2", "avx512")
+CHECK_INDICES = ("raise", "clamp", "none")
+
+_check_indices = "raise"
 
 
 def cpu_levels() -> tuple[str, ...]:
@@ -46,6 +49,28 @@ def use_cpu_level(level: str) -> Iterator[None]:
         set_cpu_level(before)
 
 
+def get_check_indices() -> str:
+    """What GPU kernels do about indices out of range; see `set_check_indices`."""
+    return _check_indices
+
+
+def set_check_indices(mode: str) -> None:
+    """How lookups on a GPU treat an index out of range. CPU kernels always raise ``IndexError``.
+
+    Args:
+        mode: "raise" (default): a device-side assertion, without a host sync, as torch's own
+            embedding has. "clamp": the nearest valid index is used. "none": no check; such an index
+            reads as a row of zeros and its gradient is dropped.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+    global _check_indices
+    if mode not in CHECK_INDICES:
+        raise ValueError(f"mode must be one of {CHECK_INDICES}; got {mode!r}")
+    _check_indices = mode
+
+
 def show_config() -> str:
     """Versions, libraries with the reason for each that is missing, and the backends in use."""
     lines = [
@@ -56,8 +81,17 @@ def show_config() -> str:
     for library in _native.LIBRARIES:
         state = "loaded" if library.loaded else f"missing: {library.reason}"
         lines.append(f"{library.name.lstrip('_'):<13} {state}")
+    lines.append(f"{'triton':<13} {_triton_state()}")
     if _native.CPU.loaded:
         lines.append(f"cpu level {cpu_level()} (this machine runs {', '.join(cpu_levels())})")
     else:
         lines.append("backend   reference only: correct, not fast")
     return "\n".join(lines)
+
+
+def _triton_state() -> str:
+    from . import triton  # imports this module
+
+    if triton.REASON:
+        return f"missing: {triton.REASON}"
+    return "interpreter (slow, for tests)" if triton.INTERPRETED else "loaded"

@@ -1,8 +1,12 @@
-import pytest
-import torch
+import os
 
-import recsparse_kernels as rk
-from recsparse_kernels.config import use_cpu_level
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the package is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import recsparse_kernels as rk  # noqa: E402
+from recsparse_kernels.config import use_cpu_level  # noqa: E402
 
 # New memory is filled with NaN (integers: their maximum), so an element never written is found.
 torch.use_deterministic_algorithms(True, warn_only=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import recsparse_kernels as rk
+from recsparse_kernels import triton as triton_backend
 from recsparse_kernels.ops._backend import OPS
 
 pytestmark = pytest.mark.skipif(not rk.cpu_levels(), reason="the native library is not built")
@@ -35,3 +36,9 @@ def test_every_native_op_has_a_definition():
         if schema.name.startswith("recsparse::")
     }
     assert names - CONFIGURATION == {name for name, op in OPS.items() if "native" in op._overloads}
+
+
+@pytest.mark.parametrize("name", sorted(triton_backend.LAUNCHERS))
+def test_triton_launcher_has_the_schema_of_its_reference(name):
+    op = OPS[name]
+    assert torch.library.infer_schema(triton_backend.LAUNCHERS[name], mutates_args=op.mutates) == op.schema

@@ -6,6 +6,7 @@ function, the same autograd formula and the same autocast rule:
 
     backend       namespace                 implemented by
     "native"      torch.ops.recsparse       csrc/cpu (C++), by the tensor's device
+    "triton"      torch.ops.recsparse_triton      recsparse_kernels/triton, on a GPU or in the interpreter
     "reference"   torch.ops.recsparse_reference   recsparse_kernels/reference
 """
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import _native  # noqa: F401  (loads the libraries, so that torch.ops.recsparse is filled)
+from .. import triton as triton_backend
 
-NAMESPACES = {"native": "recsparse", "reference": "recsparse_reference"}
+NAMESPACES = {"native": "recsparse", "triton": "recsparse_triton", "reference": "recsparse_reference"}
 BACKENDS = tuple(NAMESPACES)  # in order of preference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,6 +68,11 @@ class Op:
         self._overloads = {}
         _libraries["reference"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _libraries["reference"].impl(self.name, reference, "CompositeExplicitAutograd")
+        launcher = triton_backend.LAUNCHERS.get(self.name)
+        if launcher is not None:
+            _libraries["triton"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+            for device_type in triton_backend.DEVICE_TYPES:
+                _libraries["triton"].impl(self.name, launcher, device_type.upper())
         for backend, namespace in NAMESPACES.items():
             packet = getattr(getattr(torch.ops, namespace), self.name, None)
             if packet is None:
@@ -90,8 +97,12 @@ class Op:
 
     def backends(self, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
         """Backends that run this op for the device and dtype, in order of preference."""
-        native = device_type in self.native_devices and dtype in NATIVE_DTYPES
-        return ("native", "reference") if native else ("reference",)
+        compiled = dtype in NATIVE_DTYPES
+        native = ("native",) if compiled and device_type in self.native_devices else ()
+        triton = ("triton",) if compiled and "triton" in self._overloads else ()
+        if device_type == "cpu":  # Triton's interpreter is for tests: never the default
+            return (*native, "reference", *(triton if triton_backend.INTERPRETED else ()))
+        return (*native, *(triton if device_type == "cuda" else ()), "reference")
 
     def pick(self, args: Sequence, backend: str | None = None) -> str:
         """The backend that a call with these arguments runs on.
@@ -149,13 +160,13 @@ class Op:
             result = overload(*args)
         except RuntimeError as error:
             raise _typed(error) from None
-        if picked == "native" and self.mutates:
+        if picked != "reference" and self.mutates:
             self._count_versions(args)
         return result
 
     def _count_versions(self, args: Sequence) -> None:
-        """A native op writes behind autograd's back: tell it, so that a graph that saved the old values raises."""
-        for argument, value in zip(self._overloads["native"]._schema.arguments, args, strict=False):
+        """Kernels write behind autograd's back: tell it, so that a graph that saved the old values raises."""
+        for argument, value in zip(self._overloads["reference"]._schema.arguments, args, strict=False):
             if argument.name in self.mutates and value is not None:
                 written = [value] if isinstance(value, Tensor) else value
                 torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])

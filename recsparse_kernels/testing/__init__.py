@@ -8,14 +8,22 @@ from ..config import cpu_levels
 from ..ops._backend import OPS
 
 
-def backends(op: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> list:
-    """pytest parameters: the reference, and the native backend once for each instruction level.
+def backends(
+    op: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32, *, interpreter: bool = True
+) -> list:
+    """pytest parameters: the reference, the native backend once for each instruction level, Triton.
 
     Use with the ``backend`` fixture of tests/conftest.py, which sets the level.
+
+    Args:
+        interpreter: False leaves Triton out, for cases too large for its interpreter.
     """
     out = ["reference"]
-    if "native" in OPS[op].backends(device_type, dtype):
+    available = OPS[op].backends(device_type, dtype)
+    if "native" in available:
         out += [f"native-{level}" for level in cpu_levels()]
+    if "triton" in available and interpreter:
+        out.append("triton")
     return out
 
 

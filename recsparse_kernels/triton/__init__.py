@@ -1,0 +1,31 @@
+"""Triton backend: one file per family, launchers beside kernels.
+
+Loaded where it can run: torch was built for a GPU (CUDA or ROCm), or Triton's interpreter is on
+(``TRITON_INTERPRET=1`` in the environment before the first import), which runs the same kernels on
+CPU tensors, slowly, for tests.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why_not() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the triton package is not installed"
+    if not (torch.version.cuda or torch.version.hip or INTERPRETED):
+        return "torch is a CPU build"
+    return ""
+
+
+REASON = _why_not()  # why the backend is missing; "" when it is there
+LAUNCHERS: dict = {}  # op -> function with the signature of its reference
+DEVICE_TYPES: tuple[str, ...] = ()
+
+if not REASON:
+    from . import _launch
+
+    LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES
