@@ -9,7 +9,7 @@ and its values. Records are made of elements of the width of a value:
 
 A record of at most 64 bytes does not cross a line, and a longer one begins at a line: the rows of 65536 are
 placed, longest first, and what is left of their last lines is filled with shorter ones. Where that would
-leave more than 1/16 empty, records stand one after the other instead. In layout fixed_k all records are
+leave more than 1/8 empty, records stand one after the other instead. In layout fixed_k all records are
 equally long, one after the other, and there are no starts.
 """
 
@@ -31,7 +31,7 @@ from .masked_embedding_table import (
 )
 
 LINE_BYTES = 64  # of a cache line
-MOST_EMPTY = 16  # at most 1 / MOST_EMPTY of the records is left empty so that fewer cross a line
+MOST_EMPTY = 8  # at most 1 / MOST_EMPTY of the records is left empty so that fewer cross a line
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
