@@ -73,9 +73,13 @@ def set_huge_pages(enabled: bool) -> None:
     _huge_pages = bool(enabled)
 
 
+if _native.CPU.loaded:
+    torch.library.register_fake("recsparse::use_huge_pages")(lambda tensor: 0)
+
+
 def place_table(*tensors: torch.Tensor | None) -> None:
     """`use_huge_pages`, unless `set_huge_pages` says no."""
-    if _huge_pages:
+    if _huge_pages and not torch.compiler.is_compiling():
         use_huge_pages(*tensors)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import place_table
 from ..reference import masked_embedding as reference
 from ..reference.masked_embedding import BASE_ROWS
 from ._backend import Op
@@ -97,11 +98,14 @@ def masked_embedding_freeze(table: MaskedTable) -> MaskedRecords:
     like = values.new_empty(0)
     if table.layout == "fixed_k":
         kept = table.values.shape[1]
+        place_table(records)
         empty = records.new_empty(0, dtype=torch.int32)
         return MaskedRecords(like, records, empty, empty.long(), V, D, kept)
     low = begins - bases.repeat_interleave(BASE_ROWS)[:V]
     starts = low | _crosses_line(begins, lengths, LINE_BYTES // size).long() << 31
-    return MaskedRecords(like, records, _as_int32(starts), bases, V, D, -1)
+    starts = _as_int32(starts)
+    place_table(records, starts)
+    return MaskedRecords(like, records, starts, bases, V, D, -1)
 
 
 def _as_int32(unsigned: Tensor) -> Tensor:
