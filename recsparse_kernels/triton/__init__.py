@@ -28,6 +28,6 @@ LAUNCHERS: dict = {}  # op -> function with the signature of its reference
 DEVICE_TYPES: tuple[str, ...] = ()
 
 if not REASON:
-    from . import _launch, masked_embedding, masked_embedding_grad
+    from . import _launch, masked_embedding, masked_embedding_grad, masked_embedding_matmul
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES

@@ -564,16 +564,28 @@ def masked_embedding_bag_grad_touched(
     if lookups.bags == 0:
         wanted = torch.zeros_like(wanted)
     touched = every[wanted].long()
-    count = touched.new_empty(len(touched))
     per_tile, warps = rows_in_tile("bags", table.tile["BLOCK_D"])
     grid = (cdiv(len(touched), per_tile),)
     options = dict(**table.tile, BLOCK_N=per_tile, num_warps=warps)
-    launch(
-        _positions_kernel, grid, *table.tensors, touched, None, count, len(touched), *table.sizes, **options
-    )
-    ends = count.cumsum(0)
-    first = ends - count
-    total = int(ends[-1]) if len(touched) else 0
+    if values.dim() == 2:
+        first = torch.arange(len(touched), device=touched.device) * values.shape[1]
+        total = len(touched) * values.shape[1]
+    else:
+        count = torch.zeros_like(touched)
+        launch(
+            _positions_kernel,
+            grid,
+            *table.tensors,
+            touched,
+            None,
+            count,
+            len(touched),
+            *table.sizes,
+            **options,
+        )
+        ends = count.cumsum(0)
+        first = ends - count
+        total = int(ends[-1]) if len(touched) else 0
     output_starts = first.new_zeros(len(every))
     output_starts[wanted] = first
     output_starts = output_starts[which]  # by position among the sorted lookups

@@ -195,12 +195,15 @@ class Table(NamedTuple):
     sizes: tuple[int, int, int, int]  # D, K, nnz, kept_rows
     layout: int
 
+    def tile_of(self, max_columns: int) -> dict:
+        """Constants of tiles with all columns of a row up to that many; at least 16, which `tl.dot` wants."""
+        dim = self.sizes[0]
+        block = min(max(triton.next_power_of_2(dim), 16), max_columns)
+        return dict(LAYOUT=self.layout, WIDE=dim > block, BLOCK_D=block)
+
     @property
     def tile(self) -> dict:
-        """Tiles hold all columns of a row up to `MAX_BLOCK_D`; at least 16, which `tl.dot` wants."""
-        dim = self.sizes[0]
-        block = min(max(triton.next_power_of_2(dim), 16), MAX_BLOCK_D)
-        return dict(LAYOUT=self.layout, WIDE=dim > block, BLOCK_D=block)
+        return self.tile_of(MAX_BLOCK_D)
 
 
 def table_of(
