@@ -26,6 +26,11 @@ LAUNCHERS: dict = {}  # op -> function with the signature of its reference
 DEVICE_TYPES: tuple[str, ...] = ()
 
 if not REASON:
-    from . import _launch
+    from . import (  # noqa: F401  (register their launchers)
+        _launch,
+        low_rank,
+        low_rank_embedding,
+        low_rank_fields,
+    )
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES
