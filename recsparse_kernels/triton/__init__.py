@@ -31,6 +31,8 @@ if not REASON:
         low_rank,
         low_rank_embedding,
         low_rank_fields,
+        sparse24,
+        sparse24_linear,
     )
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES
