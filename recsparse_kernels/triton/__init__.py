@@ -28,6 +28,16 @@ LAUNCHERS: dict = {}  # op -> function with the signature of its reference
 DEVICE_TYPES: tuple[str, ...] = ()
 
 if not REASON:
-    from . import _launch, masked_embedding, masked_embedding_grad, masked_embedding_matmul
+    from . import (  # noqa: F401  (register their launchers)
+        _launch,
+        low_rank,
+        low_rank_embedding,
+        low_rank_fields,
+        masked_embedding,
+        masked_embedding_grad,
+        masked_embedding_matmul,
+        sparse24,
+        sparse24_linear,
+    )
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES
