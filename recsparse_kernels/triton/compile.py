@@ -154,7 +154,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     try:
         compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
     except Exception as error:  # whatever the compiler raises is the finding
-        return Resources(error=f"does not compile: {type(error).__name__}: {error}")
+        text = " ".join(str(error).split())
+        return Resources(error=f"does not compile: {type(error).__name__}: ... {text[-400:]}")
     if TARGETS[target][0] == "cuda":
         resources = _cubin_resources(compiled.asm["cubin"])
     else:
@@ -197,23 +198,24 @@ def collect(module: types.ModuleType) -> list[Launch]:
     from . import _launch
 
     found: dict[tuple, Launch] = {}
-    for name, run in module.compile_cases():
-        with _launch.recording() as recorded:
-            run()
-        for kernel, args, options in recorded:
-            launch = describe(kernel, args, options)
-            launch = found.setdefault(launch.key, launch)
-            if name not in launch.cases:
-                launch.cases.append(name)
+    with _launch.recording():  # what the generator itself launches to make its cases is dropped
+        for name, run in module.compile_cases():
+            with _launch.recording() as recorded:
+                run()
+            for kernel, args, options in recorded:
+                launch = describe(kernel, args, options)
+                launch = found.setdefault(launch.key, launch)
+                if name not in launch.cases:
+                    launch.cases.append(name)
     return list(found.values())
 
 
 def brief(launches: Iterable[Launch]) -> list[Launch]:
-    """Of each kernel the first launch with each value of each chosen constant (block sizes, warps, ...)
-    and of each kind of tensor."""
+    """Of each kernel, enough launches that each kind of argument, each warp count and each value of each
+    chosen constant but block sizes (``BLOCK_...``) is in one."""
     seen, out = set(), []
     for launch in launches:
-        chosen = [p.name for p in launch.kernel.params if p.is_constexpr]
+        chosen = [p.name for p in launch.kernel.params if p.is_constexpr and not p.name.startswith("BLOCK_")]
         facts = {(launch.kernel, name, str(launch.constants[name])) for name in chosen}
         facts |= {(launch.kernel, name, value) for name, value in launch.options.items()}
         facts |= {(launch.kernel, kind) for kind in launch.signature.values()}
@@ -293,7 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", help="comma-separated; default: all")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated; default: %(default)s")
     parser.add_argument(
-        "--brief", action="store_true", help="each kernel, type and constant once, not each combination"
+        "--brief",
+        action="store_true",
+        help="each kernel, type and constant (block sizes aside) once, not each combination",
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument("--table", metavar="FILE", help="write the table there")

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import checked_indices, launch, launcher
+from ._precision import cast
 from .masked_embedding_rows import (
     FIXED_RECORDS,
     RECORDS,
@@ -124,7 +125,11 @@ def _bag_kernel(
     if MEAN:
         total *= (1.0 / tl.maximum(count, 1).to(tl.float32))[:, None]
     bag = first_bag + tl.arange(0, BLOCK_B)
-    tl.store(output_ptr + bag[:, None] * D + d[None, :], total, mask=(bag < bags)[:, None] & (d < D)[None, :])
+    tl.store(
+        output_ptr + bag[:, None] * D + d[None, :],
+        cast(total, output_ptr.dtype.element_ty),
+        mask=(bag < bags)[:, None] & (d < D)[None, :],
+    )
 
 
 @triton.jit
@@ -159,7 +164,7 @@ def _bag_max_kernel(
         best = tl.where(better, tile, best)
         where = tl.where(better, (place - begin).to(tl.int32)[:, None], where)
     inside = (bag < bags)[:, None] & (d < D)[None, :]
-    tl.store(output_ptr + bag[:, None] * D + d[None, :], best, mask=inside)
+    tl.store(output_ptr + bag[:, None] * D + d[None, :], cast(best, output_ptr.dtype.element_ty), mask=inside)
     if argmax_ptr is not None:
         tl.store(argmax_ptr + bag[:, None] * D + d[None, :], where, mask=inside)
 
@@ -251,7 +256,7 @@ def _renorm_kernel(
         )  # fmt: skip
         at = (values_ptr + start)[:, None] + within
         tile = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-        tl.store(at, tile * scale[:, None], mask=kept)
+        tl.store(at, cast(tile * scale[:, None], values_ptr.dtype.element_ty), mask=kept)
 
 
 # ---- what lookups share ----
@@ -519,27 +524,45 @@ def masked_embedding_renorm(
 # ---- what is compiled ahead of time ----
 
 
-def sample_tables(V: int, D: int, density: float, dtype: torch.dtype, device: str = "meta"):
-    """(layout, arguments: values, rows, bases, starts, columns, V, D) with nothing in them."""
-    nnz, mask_bytes = int(V * D * density), cdiv(D, 8)
+def sample_tables(V: int, D: int, density: float, dtype: torch.dtype, device: str = "meta") -> dict:
+    """By layout, arguments with nothing in them: values, rows, bases, starts, columns, V, D."""
+    nnz, mask_bytes, kept = int(V * D * density), cdiv(D, 8), max(1, int(D * density))
 
     def empty(*shape, dtype):
         return torch.empty(shape, dtype=dtype, device=device)
 
     bases = empty(cdiv(V, 65536), dtype=torch.int64)
-    rows = empty(V, mask_bytes + 4, dtype=torch.uint8)
-    yield "bitmask", (empty(nnz, dtype=dtype), rows, bases, None, None, V, D)
-    kept = max(1, int(D * density))
-    rows = empty(V, mask_bytes, dtype=torch.uint8)
-    yield "fixed_k", (empty(V, kept, dtype=dtype), rows, None, None, None, V, D)
+    tables = {
+        "bitmask": (
+            empty(nnz, dtype=dtype),
+            empty(V, mask_bytes + 4, dtype=torch.uint8),
+            bases,
+            None,
+            None,
+            V,
+            D,
+        ),
+        "fixed_k": (
+            empty(V, kept, dtype=dtype),
+            empty(V, mask_bytes, dtype=torch.uint8),
+            None,
+            None,
+            None,
+            V,
+            D,
+        ),
+    }
     if D <= 256:
         rows, starts = empty(cdiv(V, 64), 12, dtype=torch.uint8), empty(V // 8 + 1, dtype=torch.int32)
-        nnz = V // 8 * 2
-        columns = empty(nnz, dtype=torch.uint8)
-        yield "row_remap", (empty(nnz, dtype=dtype), rows, bases, starts, columns, V, D)
+        columns = empty(V // 8 * 2, dtype=torch.uint8)
+        tables["row_remap"] = (empty(V // 8 * 2, dtype=dtype), rows, bases, starts, columns, V, D)
+    return tables
 
 
-SAMPLE_DIMS = (10, 32, 64, 128, 256, 512)
+# Layout, D and dtype of what is compiled: every tile width, every layout, every dtype.
+SAMPLES = [("bitmask", D, torch.float32) for D in (10, 32, 64, 128, 256, 512)]
+SAMPLES += [("fixed_k", 64, torch.float32), ("row_remap", 64, torch.float32)]
+SAMPLES += [("bitmask", 64, torch.bfloat16), ("bitmask", 64, torch.float16)]
 
 
 def compile_cases():
@@ -548,57 +571,43 @@ def compile_cases():
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for D in SAMPLE_DIMS if dtype == torch.float32 else (64,):
-            V = 1_000_000
-            for layout, table in sample_tables(V, D, 0.2, dtype):
-                name = f"{layout} D={D} {dtype}"
-                values, index, sizes = table[0], table[1:5], table[5:]
-                for bags, length in ((4096, 1), (4096, 8), (4096, 50)):
-                    indices = empty(bags, length, dtype=torch.int64)
+    for layout, D, dtype in SAMPLES:
+        values, *rest = sample_tables(1_000_000, D, 0.2, dtype)[layout]
+        index, sizes = rest[:4], rest[4:]
 
-                    def lookups(values=values, index=index, sizes=sizes, indices=indices):
-                        masked_embedding(values, *index, indices, *sizes, -1, False, False)
-                        offsets, flat = empty(len(indices), dtype=torch.int64), indices.reshape(-1)
-                        weights = empty(indices.numel())
-                        for mode in (SUM, MEAN, MAX):
-                            masked_embedding_bag(
-                                values,
-                                *index,
-                                flat.int(),
-                                offsets,
-                                None,
-                                *sizes,
-                                mode,
-                                0,
-                                False,
-                                False,
-                                False,
-                            )
-                        masked_embedding_bag(
-                            values, *index, indices, None, weights, *sizes, SUM, -1, False, False, False
-                        )
+        def bags(length, modes, values=values, index=index, sizes=sizes):
+            indices = empty(4096, length, dtype=torch.int64)
+            offsets, flat, weights = (
+                empty(4096, dtype=torch.int64),
+                indices.reshape(-1).int(),
+                empty(4096 * length),
+            )
+            for mode in modes:
+                masked_embedding_bag(
+                    values, *index, flat, offsets, None, *sizes, mode, 0, False, False, False
+                )
+            masked_embedding_bag(values, *index, indices, None, weights, *sizes, SUM, -1, False, False, False)
 
-                    yield f"{name} bags of {length}", lookups
+        def whole(values=values, index=index, sizes=sizes, dtype=dtype):
+            indices = empty(4096, dtype=torch.int64)
+            masked_embedding(values, *index, indices, *sizes, -1, False, False)
+            masked_embedding_unpack(values, *index, *sizes)
+            masked_embedding_unpack_grad_values(empty(*sizes, dtype=dtype), values, *index, *sizes)
+            masked_embedding_repack(values, *index, values, *index, *sizes)
+            for norm in (1.0, 2.0, 3.0, float("inf")) if sizes[1] == 64 else (2.0,):
+                masked_embedding_renorm(values, *index, indices, *sizes, 1.0, norm)
 
-                def whole(values=values, index=index, sizes=sizes, dtype=dtype):
-                    masked_embedding_unpack(values, *index, *sizes)
-                    masked_embedding_unpack_grad_values(empty(*sizes, dtype=dtype), values, *index, *sizes)
-                    masked_embedding_repack(values, *index, values, *index, *sizes)
-                    for norm in (1.0, 2.0, 3.0, float("inf")):
-                        masked_embedding_renorm(
-                            values, *index, empty(4096, dtype=torch.int64), *sizes, 1.0, norm
-                        )
-
-                yield name, whole
+        for length, modes in ((1, ()), (8, (SUM, MEAN, MAX)), (50, ())):
+            yield f"{layout} D={D} {dtype} bags of {length}", lambda n=length, m=modes, run=bags: run(n, m)
+        yield f"{layout} D={D} {dtype}", whole
     for dtype, integers in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
         records, like = empty(2**32, dtype=integers), empty(0, dtype=dtype)  # 64-bit sizes
         starts, bases = empty(2**24, dtype=torch.int32), empty(256, dtype=torch.int64)
         for kept in (-1, 100):
 
             def frozen(records=records, like=like, starts=starts, bases=bases, kept=kept):
+                indices = empty(8192, dtype=torch.int64)
                 for mode in (SUM, MAX, EACH):
-                    indices = empty(8192, dtype=torch.int64)
                     masked_embedding_records(
                         like, records, starts, bases, indices, indices[:1024], None, 2**24, 128, kept, mode, -1,
                         False,

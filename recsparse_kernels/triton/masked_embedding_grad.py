@@ -19,8 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import device_function
 from ._launch import checked_indices, launch, launcher
-from .masked_embedding import EACH, MEAN, SUM, bags_of, cdiv, rows_in_tile, sample_tables
+from ._precision import cast
+from .masked_embedding import EACH, MAX, MEAN, SAMPLES, SUM, bags_of, cdiv, rows_in_tile, sample_tables
 from .masked_embedding_rows import Table, bag_range, key_dtype, locate, read_rows, table_of
 
 # What becomes of a row's gradient: written where the row's values are, or an optimizer step.
@@ -88,7 +90,7 @@ def _grad_weights_kernel(
     tl.store(output_ptr + n, total, mask=n < N)
 
 
-@triton.jit
+@device_function
 def _window_sums(
     grad_ptr, argmax_ptr, keys_ptr, lookup_ptr, bag_ptr, offsets_ptr, scale_ptr, weights_ptr, frequency_ptr,
     position, row, used, first_column, L, D, BLOCK_W: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -130,7 +132,7 @@ def _window_sums(
     return sums
 
 
-@triton.jit
+@device_function
 def _apply(
     values_ptr, state_ptr, second_state_ptr, output_ptr,
     rows_ptr, bases_ptr, starts_ptr, columns_ptr, output_starts_ptr,
@@ -147,7 +149,7 @@ def _apply(
         if output_starts_ptr is not None:  # the output holds the touched rows only
             start = tl.load(output_starts_ptr + position, mask=done, other=0)
         at = start[:, None] + within
-        tl.store(output_ptr + at, sums, mask=kept)
+        tl.store(output_ptr + at, cast(sums, output_ptr.dtype.element_ty), mask=kept)
     else:
         at = start[:, None] + within
         if OPTIMIZER == ADAGRAD:
@@ -161,10 +163,10 @@ def _apply(
         else:
             delta = lr * sums
         value = tl.load(values_ptr + at, mask=kept, other=0.0).to(tl.float32)
-        tl.store(values_ptr + at, value - delta, mask=kept)
+        tl.store(values_ptr + at, cast(value - delta, values_ptr.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@device_function
 def _add_squares(
     squares, sums, rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, done, first_column, D, K, nnz, kept_rows,
     LAYOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -177,7 +179,7 @@ def _add_squares(
     return squares + tl.sum(tl.where(kept, sums * sums, 0.0), 1)
 
 
-@triton.jit
+@device_function
 def _step_row_state(state_ptr, row, done, squares, D, eps):
     """Row-wise Adagrad's state after this step; returns what divides the gradient."""
     state = tl.load(state_ptr + row, mask=done, other=0.0) + squares / D
@@ -185,7 +187,7 @@ def _step_row_state(state_ptr, row, done, squares, D, eps):
     return tl.sqrt(state) + eps
 
 
-@triton.jit
+@device_function
 def _store_partials(partials_ptr, sums, window, continued, open_, first_column, D, BLOCK_D: tl.constexpr):
     """Shares of rows that this window does not finish; ``continued``: they began before it."""
     d = first_column + tl.arange(0, BLOCK_D)
@@ -269,7 +271,7 @@ def _grad_window_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@device_function
 def _partial_sum(
     keys_ptr, partials_ptr, window, row, first_column, N, D, BLOCK_W: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -667,65 +669,49 @@ def compile_cases():
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for D in (10, 32, 64, 128, 256, 512) if dtype == torch.float32 else (64,):
-            for layout, table in sample_tables(1_000_000, D, 0.2, dtype):
-                values, index, sizes = table[0], table[1:5], table[5:]
-                indices, offsets = empty(8192, dtype=torch.int64), empty(1024, dtype=torch.int64)
-                grad, argmax = empty(1024, D, dtype=dtype), empty(1024, D, dtype=torch.int32)
-                weights = empty(8192)
+    for layout, D, dtype in SAMPLES:
+        values, *rest = sample_tables(1_000_000, D, 0.2, dtype)[layout]
+        index, sizes = rest[:4], rest[4:]
+        indices, offsets = empty(8192, dtype=torch.int64), empty(1024, dtype=torch.int64)
+        grad, argmax = empty(1024, D, dtype=dtype), empty(1024, D, dtype=torch.int32)
 
-                def gradients(
-                    values=values, index=index, sizes=sizes, indices=indices, offsets=offsets, grad=grad,
-                    argmax=argmax, weights=weights,
-                ):  # fmt: skip
-                    for mode, weight, where in ((SUM, weights, None), (MEAN, None, None), (2, None, argmax)):
-                        masked_embedding_bag_grad_values(
-                            grad,
-                            values,
-                            *index,
-                            indices,
-                            offsets,
-                            weight,
-                            where,
-                            *sizes,
-                            mode,
-                            3,
-                            False,
-                            False,
-                        )
-                    masked_embedding_bag_grad_values(
-                        empty(8192, sizes[1], dtype=grad.dtype), values, *index, indices, None, None, None, *sizes,
-                        EACH, -1, False, True,
-                    )  # fmt: skip
-                    masked_embedding_bag_grad_per_sample_weights(
-                        grad, values, *index, indices, offsets, *sizes, MEAN, -1, False
-                    )
+        def gradients(
+            values=values, index=index, sizes=sizes, indices=indices, offsets=offsets, grad=grad, argmax=argmax
+        ):  # fmt: skip
+            cases = [(SUM, empty(8192), None), (MEAN, None, None), (MAX, None, argmax)]
+            for mode, weights, where in cases if sizes[1] == 64 else cases[:1]:
+                masked_embedding_bag_grad_values(
+                    grad, values, *index, indices, offsets, weights, where, *sizes, mode, 3, False, False
+                )
+            masked_embedding_bag_grad_values(
+                empty(8192, sizes[1], dtype=grad.dtype), values, *index, indices, None, None, None, *sizes, EACH, -1,
+                False, True,
+            )  # fmt: skip
+            masked_embedding_bag_grad_per_sample_weights(
+                grad, values, *index, indices, offsets, *sizes, MEAN, -1, False
+            )
 
-                yield f"gradients {layout} D={D} {dtype}", gradients
+        yield f"gradients {layout} D={D} {dtype}", gradients
 
-                def updates(
-                    values=values, index=index, sizes=sizes, indices=indices, offsets=offsets, grad=grad
-                ):
-                    none, moments = empty(0), empty(*values.shape)
-                    for optimizer, states in enumerate(
-                        ((none, none), (empty(sizes[0]), none), (moments, moments))
-                    ):
-                        masked_embedding_bag_update(
-                            values, *states, grad, *index, indices, offsets, None, None, *sizes, SUM, -1, False,
-                            False, optimizer, 0.1, 0.9, 0.999, 1e-8, 1,
-                        )  # fmt: skip
+        def updates(values=values, index=index, sizes=sizes, indices=indices, offsets=offsets, grad=grad):
+            none, moments = empty(0), empty(*values.shape)
+            states = [(none, none), (empty(sizes[0]), none), (moments, moments)]
+            for optimizer, (first, second) in enumerate(states):
+                masked_embedding_bag_update(
+                    values, first, second, grad, *index, indices, offsets, None, None, *sizes, SUM, -1, False, False,
+                    optimizer, 0.1, 0.9, 0.999, 1e-8, 1,
+                )  # fmt: skip
 
-                yield f"updates {layout} D={D} {dtype}", updates
-            # the size of this output depends on data
-            for layout, table in sample_tables(4096, D, 0.2, dtype, device="cpu"):
-                table = [t.zero_() if isinstance(t, Tensor) else t for t in table]
-                indices, offsets = torch.arange(64), torch.arange(0, 64, 4)
+        yield f"updates {layout} D={D} {dtype}", updates
 
-                def touched(table=table, indices=indices, offsets=offsets, D=D, dtype=dtype):
-                    masked_embedding_bag_grad_touched(
-                        torch.zeros(16, D, dtype=dtype), *table[:5], indices, offsets, None, *table[5:], SUM, -1,
-                        False, False,
-                    )  # fmt: skip
+        # the size of this output depends on data
+        table = sample_tables(4096, D, 0.2, dtype, device="cpu")[layout]
+        table = [t.zero_() if isinstance(t, Tensor) else t for t in table]
 
-                yield f"touched {layout} D={D} {dtype}", touched
+        def touched(table=table, D=D, dtype=dtype):
+            masked_embedding_bag_grad_touched(
+                torch.zeros(16, D, dtype=dtype), *table[:5], torch.arange(64), torch.arange(0, 64, 4), None,
+                *table[5:], SUM, -1, False, False,
+            )  # fmt: skip
+
+        yield f"touched {layout} D={D} {dtype}", touched

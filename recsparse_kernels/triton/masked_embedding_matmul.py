@@ -15,14 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch, launcher
-from .masked_embedding import cdiv, sample_tables
+from ._precision import cast, dot
+from .masked_embedding import SAMPLES, cdiv, sample_tables
 from .masked_embedding_rows import locate, read_rows, table_of
 
-# Rows of the batch and of the table in a tile. Columns of the table come 64 at a time: a tile of 64 x 64
-# float32 factors leaves room for two programs' worth of pipelined loads in the shared memory of sm_80.
+# Rows of the batch and of the table in a tile. A tile of the table is 64 x 64, 16 elements a thread in 8
+# warps: expanding it takes positions beside values, and 4 warps spill.
 CONFIGS = {
-    "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=4, num_stages=2),
-    "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=4, num_stages=2),
+    "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=8, num_stages=2),
+    "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=8, num_stages=2),
 }
 MAX_DOT_COLUMNS = 64
 ROWS_OF_PART = 1024  # rows of the table that one program sums over, at least
@@ -54,8 +55,12 @@ def _matmul_t_kernel(
         x = tl.load(
             input_ptr + b[:, None] * D + d[None, :], mask=(b < B)[:, None] & (d < D)[None, :], other=0.0
         )
-        total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
-    tl.store(output_ptr + b[:, None] * V + row[None, :], total, mask=(b < B)[:, None] & (row < V)[None, :])
+        total = dot(x, tl.trans(weight), total)
+    tl.store(
+        output_ptr + b[:, None] * V + row[None, :],
+        cast(total, output_ptr.dtype.element_ty),
+        mask=(b < B)[:, None] & (row < V)[None, :],
+    )
 
 
 @triton.jit
@@ -81,9 +86,11 @@ def _matmul_t_grad_input_kernel(
         grad = tl.load(
             grad_ptr + b[:, None] * V + row[None, :], mask=(b < B)[:, None] & (row < V)[None, :], other=0.0
         )
-        total = tl.dot(grad, weight, total, input_precision="ieee")
+        total = dot(grad, weight, total)
     at = (part * B + b)[:, None] * D + d[None, :]
-    tl.store(output_ptr + at, total, mask=(b < B)[:, None] & (d < D)[None, :])
+    tl.store(
+        output_ptr + at, cast(total, output_ptr.dtype.element_ty), mask=(b < B)[:, None] & (d < D)[None, :]
+    )
 
 
 @triton.jit
@@ -108,12 +115,12 @@ def _matmul_t_grad_values_kernel(
         x = tl.load(
             input_ptr + b[:, None] * D + d[None, :], mask=(b < B)[:, None] & (d < D)[None, :], other=0.0
         )
-        total = tl.dot(tl.trans(grad), x, total, input_precision="ieee")
+        total = dot(tl.trans(grad), x, total)
     kept, start, within = locate(
         rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, row < V, first_column, D, K, nnz, kept_rows,
         LAYOUT, WIDE, 1, BLOCK_D,
     )  # fmt: skip
-    tl.store((output_ptr + start)[:, None] + within, total, mask=kept)
+    tl.store((output_ptr + start)[:, None] + within, cast(total, output_ptr.dtype.element_ty), mask=kept)
 
 
 # ---- launchers ----
@@ -203,16 +210,15 @@ def masked_embedding_matmul_t_grad_values(
 
 def compile_cases():
     """(name, callable) for `recsparse_kernels.triton.compile`: every kernel and configuration."""
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for D in (10, 32, 64, 128) if dtype == torch.float32 else (64, 128):
-            for layout, table in sample_tables(1_000_000, D, 0.2, dtype):
-                for batch in (8, 512):
+    for layout, D, dtype in SAMPLES:
+        table = sample_tables(1_000_000, D, 0.2, dtype)[layout]
+        for batch in (8, 512):
 
-                    def products(table=table, batch=batch, dtype=dtype):
-                        x = torch.empty(batch, table[-1], dtype=dtype, device="meta")
-                        grad = torch.empty(batch, table[-2], dtype=dtype, device="meta")
-                        masked_embedding_matmul_t(x, *table)
-                        masked_embedding_matmul_t_grad_input(grad, *table)
-                        masked_embedding_matmul_t_grad_values(grad, x, *table)
+            def products(table=table, batch=batch, dtype=dtype):
+                x = torch.empty(batch, table[-1], dtype=dtype, device="meta")
+                grad = torch.empty(batch, table[-2], dtype=dtype, device="meta")
+                masked_embedding_matmul_t(x, *table)
+                masked_embedding_matmul_t_grad_input(grad, *table)
+                masked_embedding_matmul_t_grad_values(grad, x, *table)
 
-                    yield f"{layout} D={D} batch {batch} {dtype}", products
+            yield f"{layout} D={D} batch {batch} {dtype}", products

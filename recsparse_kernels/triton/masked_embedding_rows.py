@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import device_function
+
 # layouts (reference/masked_embedding.py; the last two: ops/masked_embedding_records.py)
 BITMASK = tl.constexpr(0)
 FIXED_K = tl.constexpr(1)
@@ -30,7 +32,7 @@ BASE_SHIFT = tl.constexpr(16)  # rows that share a 64-bit base: 2^16
 MAX_BLOCK_D = 256  # wider rows are cut into tiles
 
 
-@triton.jit
+@device_function
 def _popcount8(x):
     """Set bits of each number in [0, 256)."""
     x = x - ((x >> 1) & 0x55)
@@ -38,7 +40,7 @@ def _popcount8(x):
     return (x + (x >> 4)) & 0x0F
 
 
-@triton.jit
+@device_function
 def _uint32_at(ptr, at, valid):
     """Little-endian 32 bits from byte ``at`` [N], which may be unaligned, as int64; 0 where not valid."""
     b0 = tl.load(ptr + at, mask=valid, other=0).to(tl.int64)
@@ -48,13 +50,13 @@ def _uint32_at(ptr, at, valid):
     return b0 | (b1 << 8) | (b2 << 16) | (b3 << 24)
 
 
-@triton.jit
+@device_function
 def _start_at(bases_ptr, starts_ptr, i, valid):
     low = tl.load(starts_ptr + i, mask=valid, other=0).to(tl.int64) & 0xFFFFFFFF  # unsigned
     return tl.load(bases_ptr + (i >> BASE_SHIFT), mask=valid, other=0) + low
 
 
-@triton.jit
+@device_function
 def _remap_range(
     rows_ptr,     # [ceil(V/64), 12] uint8: which of 64 rows hold anything, how many did before them
     bases_ptr,    # [.] int64
@@ -79,7 +81,7 @@ def _remap_range(
     return tl.where(valid, begin, 0), tl.where(valid, end, 0)
 
 
-@triton.jit
+@device_function
 def _mask_and_start(
     rows_ptr, bases_ptr, starts_ptr, row, valid, D, K, nnz, LAYOUT: tl.constexpr, SIZE: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +106,7 @@ def _mask_and_start(
     return mask_at, start, valid & (start >= 0)
 
 
-@triton.jit
+@device_function
 def _bits_before(rows_ptr, mask_at, valid, columns, BLOCK_D: tl.constexpr):
     """Mask bits set in the first ``columns`` (a multiple of BLOCK_D) of each row, int32 [N]."""
     BYTES: tl.constexpr = BLOCK_D // 8
@@ -115,7 +117,7 @@ def _bits_before(rows_ptr, mask_at, valid, columns, BLOCK_D: tl.constexpr):
     return count
 
 
-@triton.jit
+@device_function
 def locate(
     rows_ptr,      # uint8: mask bytes and starts, by layout
     bases_ptr,     # int64, or None
@@ -157,7 +159,7 @@ def locate(
         return (bits == 1) & (within < room[:, None]), start, within
 
 
-@triton.jit
+@device_function
 def read_rows(
     values_ptr, rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, valid, first_column, D, K, nnz, kept_rows,
     LAYOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -172,7 +174,7 @@ def read_rows(
     return tl.load((values_ptr + start)[:, None] + within, mask=kept, other=0.0)
 
 
-@triton.jit
+@device_function
 def bag_range(offsets_ptr, bag, bags, entries, N, L):
     """First lookup of each bag and the one after its last, int64, within [0, N] whatever the offsets hold."""
     if offsets_ptr is None:
