@@ -101,7 +101,7 @@ class Op:
         native = ("native",) if compiled and device_type in self.native_devices else ()
         triton = ("triton",) if compiled and "triton" in self._overloads else ()
         if device_type == "cpu":  # Triton's interpreter is for tests: never the default
-            return (*native, "reference", *(triton if triton_backend.INTERPRETED else ()))
+            return (*native, "reference", *(triton if "cpu" in triton_backend.DEVICE_TYPES else ()))
         return (*native, *(triton if device_type == "cuda" else ()), "reference")
 
     def pick(self, args: Sequence, backend: str | None = None) -> str:
