@@ -26,6 +26,6 @@ LAUNCHERS: dict = {}  # op -> function with the signature of its reference
 DEVICE_TYPES: tuple[str, ...] = ()
 
 if not REASON:
-    from . import _launch, fan_in, fan_in_loss, fan_in_topk
+    from . import _launch, fan_in, fan_in_loss, fan_in_rewire, fan_in_topk
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES
