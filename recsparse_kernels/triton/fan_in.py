@@ -7,14 +7,17 @@
 Definitions: reference/fan_in.py. Tiles: fan_in_tiles.py.
 """
 
+from functools import partial
 from typing import List  # noqa: UP035  (read by torch.library.infer_schema)
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import INTERPRETED
 from ._launch import checked_indices, launch, launcher
+from .fan_in_cases import OPTIMIZERS, layers, step_arguments, step_state
 from .fan_in_grad_input import InputGradient
 from .fan_in_grad_weight import Ending, end_gradients
 from .fan_in_tiles import Tiles, logits_tile, scratch_budget
@@ -119,3 +122,21 @@ def fan_in_linear_update(
 def _of_chunk(grad_output: Tensor, chunk) -> Tensor:
     """[labels, B]"""
     return grad_output[:, chunk.first_label : chunk.end_label].t().contiguous()
+
+
+def compile_cases():
+    """(name, call) of every kernel and configuration, for `recsparse_kernels.triton.compile`."""
+    for name, (x, weight, indices, bias, group) in layers():
+        grad = x.new_empty(x.shape[0], weight.shape[0])
+        yield f"linear {name}", partial(fan_in_linear, x, weight, indices, bias, group)
+        yield (
+            f"linear_grad_input {name}",
+            partial(fan_in_linear_grad_input, grad, weight, indices, 768, group),
+        )
+        yield f"linear_grad_weight {name}", partial(fan_in_linear_grad_weight, grad, x, indices, group)
+        for optimizer in OPTIMIZERS:
+            if "rounding" in optimizer and weight.dtype != torch.bfloat16:
+                continue
+            state = step_state(optimizer, weight, bias)
+            arguments = (grad, x, weight, indices, bias, state, group, *step_arguments(optimizer))
+            yield f"linear_update {optimizer} {name}", partial(fan_in_linear_update, *arguments)

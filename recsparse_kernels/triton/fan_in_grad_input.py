@@ -30,7 +30,7 @@ GROUP_CONFIGS = {  # BLOCK_O labels are summed by each tl.dot
 }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _sum_by_input_kernel(
     values_ptr,  # [labels, B], or [rows, F, B] where SHARED
     weight_ptr,  # [labels, F] of the chunk
@@ -66,12 +66,12 @@ def _sum_by_input_kernel(
                 w = tl.load(weight_ptr + label * F + (entry - row * F), mask=live, other=0.0).to(tl.float32)
                 where = values_ptr + label[:, None] * B + b[None, :]
                 g = tl.load(where, mask=live[:, None] & (b < B)[None, :], other=0.0)
-                acc += w[:, None] * g.to(tl.float32)
+                acc = tl.fma(tl.broadcast_to(w[:, None], acc.shape), g.to(tl.float32), acc)
     where = sums_ptr + (part * I + column) * B + b
     tl.store(where, tl.load(where, mask=b < B, other=0.0) + tl.sum(acc, axis=0), mask=b < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["labels"])
 def _sum_over_group_kernel(
     grad_ptr,  # [labels, B] of the chunk: gradient to the logits
     weight_ptr,  # [labels, F] of the chunk

@@ -22,15 +22,18 @@ STORE = 3  # beside the optimizers of reference.fan_in: write the gradient itsel
 
 # By label: weights of a chunk, flat, x rows. By group: labels of a group x inputs, tl.dot over rows.
 LABEL_CONFIGS = {
-    "16 rows": dict(BLOCK_E=256, BLOCK_B=16, num_warps=4, num_stages=1),
+    "16 rows": dict(BLOCK_E=128, BLOCK_B=16, num_warps=4, num_stages=1),
     "many rows": dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1),
 }
 GROUP_CONFIGS = {
     "group of 16": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
-    "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
-    "group of 64": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
+    "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
+    "group of 64": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
 }
 BIAS_CONFIG = dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1)
+
+# Arguments that change from chunk to chunk or step to step: one kernel for all their values.
+VARYING = ["first_label", "labels", "key_low", "key_high"]
 
 
 @triton.jit
@@ -83,7 +86,7 @@ def _round_stochastically(w, element, key_low, key_high):
     return tl.where((bits & 0x7F800000) != 0x7F800000, rounded, w)
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high"])
+@triton.jit(do_not_specialize=VARYING)
 def _grad_weight_label_kernel(
     grad_ptr,  # [labels, B] of the chunk
     input_ptr,  # [I, B]
@@ -107,7 +110,7 @@ def _grad_weight_label_kernel(
         b = b0 + tl.arange(0, BLOCK_B)
         where = grad_ptr + label[:, None] * B + b[None, :]
         g = tl.load(where, mask=live[:, None] & (b < B)[None, :], other=0.0).to(tl.float32)
-        acc += g * load_inputs(input_ptr, col, live, b, B, I).to(tl.float32)
+        acc = tl.fma(g, load_inputs(input_ptr, col, live, b, B, I).to(tl.float32), acc)
     _step(
         tl.sum(acc, axis=1), number, live, out_ptr, first_ptr, second_ptr, 0,
         lr, decay, beta1, beta2, rest1, rest2, eps, correction, key_low, key_high,
@@ -115,7 +118,7 @@ def _grad_weight_label_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high"])
+@triton.jit(do_not_specialize=VARYING)
 def _grad_weight_group_kernel(
     grad_ptr,  # [labels, B] of the chunk
     input_ptr,  # [I, B]
@@ -153,7 +156,7 @@ def _grad_weight_group_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high"])
+@triton.jit(do_not_specialize=VARYING)
 def _grad_bias_kernel(
     grad_ptr,  # [labels, B] of the chunk
     out_ptr,  # [O]

@@ -9,6 +9,7 @@ kernel computes the logits again and leaves their gradient, [labels of the chunk
 the linear layer.
 """
 
+from functools import partial
 from typing import List, Tuple  # noqa: UP035  (read by torch.library.infer_schema)
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from ..reference import fan_in as reference
 from . import INTERPRETED
 from ._launch import checked_indices, launch, launcher
+from .fan_in_cases import layers, positives, step_arguments, step_state
 from .fan_in_grad_input import InputGradient
 from .fan_in_grad_weight import Ending, end_gradients
 from .fan_in_tiles import Chunk, Tiles, logits_tile, scratch_budget, unchecked
@@ -55,7 +57,7 @@ def _terms(z, target, KIND: tl.constexpr):
     return term, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_label"])
 def _loss_kernel(
     input_ptr,  # [I, B]
     weight_ptr,  # [O, F]
@@ -259,3 +261,21 @@ def _backward(
         if out_weight is not None:
             end_gradients(tiles, chunk, grad, loss.x, loss.indices, out_weight, out_bias, ending)
     return total.result(loss.x.dtype) if input_grad else None
+
+
+def compile_cases():
+    """(name, call) of every kernel and configuration, for `recsparse_kernels.triton.compile`."""
+    half = layers([(torch.float16, 1, 256), (torch.float16, 32, 256)])
+    for name, (x, weight, indices, bias, group) in [*layers(), *half]:
+        arguments = (x, weight, indices, bias, *positives(x.shape[0]))
+        one = x.new_empty((), dtype=torch.float32)
+        for kind in (0, 1) if "G=1 B=256 bf" in name else (0,):
+            codes = (kind, reference.MEAN, group)
+            yield f"loss kind {kind} {name}", partial(fan_in_loss, *arguments, *codes)
+            yield (
+                f"loss_grad kind {kind} {name}",
+                partial(fan_in_loss_grad, one, *arguments, *codes, True, True),
+            )
+        state = step_state("adamw", weight, bias)
+        step = (one, *arguments, state, reference.BCE, reference.MEAN, group, True, *step_arguments("adamw"))
+        yield f"loss_step adamw {name}", partial(fan_in_loss_step, *step)

@@ -9,6 +9,7 @@ Four passes, none of which the host waits for:
     reset    weights and moments of what was dropped
 """
 
+from functools import partial
 from typing import List  # noqa: UP035  (read by torch.library.infer_schema)
 
 import torch
@@ -16,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.fan_in import DRAW_ROUNDS, FRACTION, ROW, THRESHOLD
+from ..reference.fan_in import DRAW_ROUNDS, FRACTION, LAYER, ROW, THRESHOLD
 from ._launch import checked_indices, launch, launcher
+from .fan_in_cases import layers
 from .fan_in_random import halves, hash64, hashed, whole
 
 BINS = 256
@@ -337,3 +339,16 @@ def _dropped(weight, rows, group_size, criterion, scope, amount, key) -> Tensor:
         THRESHOLD=criterion == THRESHOLD, **one, **SELECT_CONFIG,
     )  # fmt: skip
     return dropped
+
+
+def compile_cases():
+    """(name, call) of every kernel and configuration, for `recsparse_kernels.triton.compile`."""
+    for name, (_, weight, indices, _, group) in layers([(torch.bfloat16, 1, 1), (torch.float32, 16, 1)]):
+        moments = [torch.empty_like(weight, dtype=torch.float32)]
+        for what, criterion, scope, amount, scale, duplicates in (
+            ("threshold", THRESHOLD, LAYER, 0.1, 0.0, False),
+            ("layer", FRACTION, LAYER, 0.3, 0.2, False),
+            ("row, duplicates", FRACTION, ROW, 0.3, 0.0, True),
+        ):
+            rest = (criterion, scope, amount, scale, duplicates, 7)
+            yield f"rewire {what} {name}", partial(fan_in_rewire, weight, indices, moments, 768, group, *rest)

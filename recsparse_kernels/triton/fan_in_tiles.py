@@ -36,9 +36,9 @@ CONFIGS = {
     "group of 16, 16 rows": dict(BLOCK_O=16, BLOCK_B=16, BLOCK_F=64, num_warps=1, num_stages=3),
     "group of 16, many rows": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
     "group of 32, 16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=2, num_stages=3),
-    "group of 32, many rows": dict(BLOCK_O=32, BLOCK_B=128, BLOCK_F=32, num_warps=4, num_stages=3),
+    "group of 32, many rows": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
     "group of 64, 16 rows": dict(BLOCK_O=64, BLOCK_B=16, BLOCK_F=64, num_warps=4, num_stages=3),
-    "group of 64, many rows": dict(BLOCK_O=64, BLOCK_B=128, BLOCK_F=32, num_warps=4, num_stages=3),
+    "group of 64, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
 }
 
 
@@ -116,13 +116,13 @@ class Tiles:
             "GROUPED": self.grouped, "HAS_BIAS": bias is not None,
         }  # fmt: skip
 
-    def chunks(self, budget: int, entry_bytes: int = 4) -> list["Chunk"]:
+    def chunks(self, budget: int, entry_bytes: float = 4) -> list["Chunk"]:
         """Ranges of whole rows of indices whose scratch stays within ``budget`` bytes."""
-        labels = max(1, budget // max(1, self.batch * self.group_size * entry_bytes))
-        rows = min(labels, max(1, SCRATCH_ENTRIES // max(1, self.fan_in)), self.rows)
+        rows = min(int(budget / max(1, self.batch * self.group_size * entry_bytes)), self.rows)
+        rows = max(1, min(rows, SCRATCH_ENTRIES // max(1, self.fan_in)))
         if not self.grouped:  # a chunk begins where a tile does
             rows = max(self.block, rows // self.block * self.block)
-        return [Chunk(self, begin, min(begin + rows, self.rows)) for begin in range(0, self.rows, rows or 1)]
+        return [Chunk(self, begin, min(begin + rows, self.rows)) for begin in range(0, self.rows, rows)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ def logits_tile(
                 w = tl.load(weight_ptr + label * F + f, mask=live, other=0.0).to(tl.float32)
                 mask = ((col >= 0) & (col < I))[:, None] & (b < B)[None, :]
                 x = tl.load(input_ptr + col.to(tl.int64)[:, None] * B + b[None, :], mask=mask, other=0.0)
-                z += w[:, None] * x.to(tl.float32)
+                z = tl.fma(tl.broadcast_to(w[:, None], z.shape), x.to(tl.float32), z)
     if HAS_BIAS:
         z += tl.load(bias_ptr + label, mask=inside, other=0.0).to(tl.float32)[:, None]
     return z, label, inside

@@ -9,6 +9,7 @@ tile; the logits of these tiles are computed again. Logits compare as int64 keys
 all different, so that equal logits come lowest label first, and any way of selecting gives the same.
 """
 
+from functools import partial
 from typing import Tuple  # noqa: UP035  (read by torch.library.infer_schema)
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from . import INTERPRETED
 from ._launch import checked_indices, launch, launcher
+from .fan_in_cases import layers
 from .fan_in_tiles import Tiles, logits_tile, tile_labels
 
 MAX_KEYS = 2**23  # of one step, 8 bytes each
@@ -44,7 +46,7 @@ def _from_keys(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return bits.view(torch.float32).to(dtype), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_column", "columns"])
 def _best_of_tiles_kernel(
     input_ptr,  # [I, B]
     weight_ptr,  # [O, F]
@@ -311,3 +313,19 @@ def fan_in_score_grad_weight(
         candidates.shape[1], input.shape[1], out_features, fan_in, group_size, **config,
     )  # fmt: skip
     return grad_weight
+
+
+def compile_cases():
+    """(name, call) of every kernel and configuration, for `recsparse_kernels.triton.compile`."""
+    for name, (x, weight, indices, bias, group) in layers():
+        yield f"topk {name}", partial(fan_in_topk, x, weight, indices, bias, 100, group)
+    for name, (x, weight, indices, bias, group) in layers(
+        [(torch.bfloat16, 1, 256), (torch.float32, 16, 256)]
+    ):
+        candidates = x.new_empty((x.shape[0], 200), dtype=torch.int64)
+        grad = x.new_empty(candidates.shape)
+        yield f"score {name}", partial(fan_in_score, x, weight, indices, bias, candidates, group)
+        arguments = (grad, weight, indices, candidates, x.shape[1], group)
+        yield f"score_grad_input {name}", partial(fan_in_score_grad_input, *arguments)
+        arguments = (grad, x, indices, candidates, weight.shape[0], group)
+        yield f"score_grad_weight {name}", partial(fan_in_score_grad_weight, *arguments)
