@@ -239,7 +239,9 @@ def end_gradients(
     sizes = (chunk.first_label, chunk.labels)
     few = "16 rows" if tiles.batch <= 16 else "many rows"
     if tiles.grouped:
-        options = GROUP_CONFIGS["group of " + str(tiles.block)]
+        options = dict(GROUP_CONFIGS[f"group of {tiles.block}"])
+        if grad.element_size() == 4:  # no tensor cores: tl.dot holds BLOCK_B operands in registers
+            options["BLOCK_B"] = 32
         steps = -(-tiles.fan_in // options["BLOCK_F"])
         launch(
             _grad_weight_group_kernel,

@@ -108,11 +108,11 @@ class Tiles:
 
     def options(self, weight: Tensor, bias: Tensor | None) -> dict:
         """Constants of the kernels built on `logits_tile`, and how to launch them."""
-        stages = self.config["num_stages"]
-        if weight.element_size() == 4:  # twice the shared memory for each stage
-            stages = min(stages, 2)
+        config = dict(self.config)
+        if weight.element_size() == 4:  # no tensor cores: tl.dot holds BLOCK_F operands in registers
+            config["BLOCK_F"], config["num_stages"] = min(32, config["BLOCK_F"]), min(2, config["num_stages"])
         return {
-            **self.config, "num_stages": stages, "UNROLL": UNROLL,
+            **config, "UNROLL": UNROLL,
             "GROUPED": self.grouped, "HAS_BIAS": bias is not None,
         }  # fmt: skip
 
