@@ -59,11 +59,13 @@ def _sum_by_input_kernel(
             mask = (e < end)[:, None] & (b < B)[None, :]
             acc += tl.load(values_ptr + entry[:, None] * B + b[None, :], mask=mask, other=0.0)
         else:
-            row = entry // F
+            narrow = entry.to(tl.int32)  # a chunk's entries are few: no division of 64 bits
+            row = narrow // F
+            f = narrow - row * F
             for member in range(0, G):
-                label = row * G + member
+                label = row.to(tl.int64) * G + member
                 live = (e < end) & (label < labels)
-                w = tl.load(weight_ptr + label * F + (entry - row * F), mask=live, other=0.0).to(tl.float32)
+                w = tl.load(weight_ptr + label * F + f, mask=live, other=0.0).to(tl.float32)
                 where = values_ptr + label[:, None] * B + b[None, :]
                 g = tl.load(where, mask=live[:, None] & (b < B)[None, :], other=0.0)
                 acc = tl.fma(tl.broadcast_to(w[:, None], acc.shape), g.to(tl.float32), acc)
