@@ -26,6 +26,17 @@ LAUNCHERS: dict = {}  # op -> function with the signature of its reference
 DEVICE_TYPES: tuple[str, ...] = ()
 
 if not REASON:
-    from . import _launch, fan_in, fan_in_loss, fan_in_rewire, fan_in_topk
+    from . import (  # noqa: F401  (register their launchers)
+        _launch,
+        fan_in,
+        fan_in_loss,
+        fan_in_rewire,
+        fan_in_topk,
+        low_rank,
+        low_rank_embedding,
+        low_rank_fields,
+        sparse24,
+        sparse24_linear,
+    )
 
     LAUNCHERS, DEVICE_TYPES = _launch.LAUNCHERS, _launch.DEVICE_TYPES

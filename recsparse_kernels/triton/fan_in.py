@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
 from ._launch import checked_indices, launch, launcher
+from ._precision import cast
 from .fan_in_cases import OPTIMIZERS, layers, step_arguments, step_state
 from .fan_in_grad_input import InputGradient
 from .fan_in_grad_weight import Ending, end_gradients
@@ -32,7 +32,7 @@ def _linear_kernel(
     output_ptr,  # [B, O]
     B, I, O, F, G, tiles_of_group,
     BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, UNROLL: tl.constexpr,
-    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     # one program: one tile of labels x BLOCK_B rows; the rows of a tile run side by side
     across = tl.cdiv(B, BLOCK_B)
@@ -40,10 +40,10 @@ def _linear_kernel(
     b = (pid % across) * BLOCK_B + tl.arange(0, BLOCK_B)
     z, label, inside = logits_tile(
         input_ptr, weight_ptr, indices_ptr, bias_ptr, (pid // across).to(tl.int64), b,
-        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS, WIDEN,
+        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS,
     )  # fmt: skip
     where = output_ptr + b.to(tl.int64)[None, :] * O + label[:, None]
-    tl.store(where, z, mask=inside[:, None] & (b < B)[None, :])
+    tl.store(where, cast(z, output_ptr.dtype.element_ty), mask=inside[:, None] & (b < B)[None, :])
 
 
 @launcher
@@ -58,7 +58,7 @@ def fan_in_linear(
         _linear_kernel,
         (tiles.count * tiles.across,),
         input.t().contiguous(), weight, indices, weight if bias is None else bias, output, *tiles.sizes,
-        WIDEN=INTERPRETED, **tiles.options(weight, bias),
+        **tiles.options(weight, bias),
     )  # fmt: skip
     return output
 

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
 from ._launch import launch
-from .fan_in_tiles import Chunk, Tiles, dot
+from ._precision import dot
+from .fan_in_tiles import Chunk, Tiles
 
 # An input's entries are cut into parts, so that the programs fill a device, but not into short ones.
 WANTED_PROGRAMS = 2048
@@ -79,7 +79,7 @@ def _sum_over_group_kernel(
     weight_ptr,  # [labels, F] of the chunk
     shared_ptr,  # [rows, F, B] float32
     B, F, G, labels,
-    BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     # one program: a group x BLOCK_F of its inputs x BLOCK_B rows
     #   shared[row, f, b] = sum over the labels of the group of weight[label, f] * grad[label, b]
@@ -100,7 +100,7 @@ def _sum_over_group_kernel(
         g = tl.load(
             grad_ptr + label[:, None] * B + b[None, :], mask=inside[:, None] & (b < B)[None, :], other=0.0
         )
-        acc = dot(tl.trans(w.to(g.dtype)), g, acc, WIDEN)
+        acc = dot(tl.trans(w.to(g.dtype)), g, acc)
     where = shared_ptr + (row * F + f)[:, None] * B + b[None, :]
     tl.store(where, acc, mask=(f < F)[:, None] & (b < B)[None, :])
 
@@ -139,7 +139,7 @@ class InputGradient:
                 _sum_over_group_kernel,
                 (chunk.rows * steps * -(-tiles.batch // options["BLOCK_B"]),),
                 grad, weight, values, tiles.batch, tiles.fan_in, tiles.group_size, chunk.labels,
-                WIDEN=INTERPRETED, **options,
+                **options,
             )  # fmt: skip
         launch(
             _sum_by_input_kernel,

@@ -13,10 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.fan_in import ADAMW, SGD
-from . import INTERPRETED
+from ._device import device_function
 from ._launch import launch
+from ._precision import cast, dot
 from .fan_in_random import GOLDEN, halves, hash64, mix32
-from .fan_in_tiles import Chunk, Tiles, dot, load_inputs
+from .fan_in_tiles import Chunk, Tiles, load_inputs
 
 STORE = 3  # beside the optimizers of reference.fan_in: write the gradient itself
 
@@ -36,7 +37,7 @@ BIAS_CONFIG = dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1)
 VARYING = ["first_label", "labels", "key_low", "key_high"]
 
 
-@triton.jit
+@device_function
 def _step(
     grad,  # float32, any shape
     element,  # int64, of the same shape: number within the tensor
@@ -50,7 +51,7 @@ def _step(
 ):  # fmt: skip
     """Ends a gradient: stores it, or steps the parameter (formulas: `_update` of reference.fan_in)."""
     if OPTIMIZER == 3:
-        tl.store(out_ptr + element, grad, mask=live)
+        tl.store(out_ptr + element, cast(grad, out_ptr.dtype.element_ty), mask=live)
     else:
         w = tl.load(out_ptr + element, mask=live, other=0.0).to(tl.float32)
         if DECAY:
@@ -73,10 +74,10 @@ def _step(
             tl.store(first_ptr + element, first, mask=live)
         if ROUND:
             w = _round_stochastically(w, number + element, key_low, key_high)
-        tl.store(out_ptr + element, w, mask=live)
+        tl.store(out_ptr + element, cast(w, out_ptr.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@device_function
 def _round_stochastically(w, element, key_low, key_high):
     """float32 whose low 16 bits are 0: up with the probability of the distance."""
     low = element.to(tl.uint32) ^ key_low.to(tl.uint32)
@@ -128,7 +129,7 @@ def _grad_weight_group_kernel(
     first_label, labels,
     B, I, F, G, tiles_of_group,
     lr, decay, beta1, beta2, rest1, rest2, eps, correction, key_low, key_high,
-    BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
     OPTIMIZER: tl.constexpr, MOMENTS: tl.constexpr, DECAY: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     # one program: BLOCK_O labels of a group x BLOCK_F inputs; all rows. The chunk begins with a group.
@@ -147,7 +148,7 @@ def _grad_weight_group_kernel(
         where = grad_ptr + label[:, None] * B + b[None, :]
         g = tl.load(where, mask=inside[:, None] & (b < B)[None, :], other=0.0)
         x = load_inputs(input_ptr, col, f < F, b, B, I).to(g.dtype)
-        acc = dot(g, tl.trans(x), acc, WIDEN)
+        acc = dot(g, tl.trans(x), acc)
     number = (first_label + label)[:, None] * F + f[None, :]
     _step(
         acc, number, inside[:, None] & (f < F)[None, :], out_ptr, first_ptr, second_ptr, 0,
@@ -248,7 +249,7 @@ def end_gradients(
             (chunk.tile_count * steps,),
             grad, input, indices, weight, *ending.of_weight(weight), *sizes,
             tiles.batch, tiles.in_features, tiles.fan_in, tiles.group_size, tiles.tiles_of_group,
-            *arguments, WIDEN=INTERPRETED, **options, **constants,
+            *arguments, **options, **constants,
         )  # fmt: skip
     else:
         options = LABEL_CONFIGS[few]

@@ -18,15 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import fan_in as reference
-from . import INTERPRETED
+from ._device import device_function
 from ._launch import checked_indices, launch, launcher
+from ._precision import cast
 from .fan_in_cases import layers, positives, step_arguments, step_state
 from .fan_in_grad_input import InputGradient
 from .fan_in_grad_weight import Ending, end_gradients
 from .fan_in_tiles import Chunk, Tiles, logits_tile, scratch_budget, unchecked
 
 
-@triton.jit
+@device_function
 def _log1p(e):
     """log(1 + e) for e in [0, 1], to float32's last bits also where e is small: 2 atanh(e / (2 + e))."""
     s = e / (2.0 + e)
@@ -38,7 +39,7 @@ def _log1p(e):
     return 2.0 * s * (1.0 + q * series)
 
 
-@triton.jit
+@device_function
 def _terms(z, target, KIND: tl.constexpr):
     """Terms of the loss and their derivatives by z; ``target`` is 0.0 or 1.0. NaN stays NaN."""
     positive = target > 0.0
@@ -73,7 +74,7 @@ def _loss_kernel(
     first_tile, first_label,  # of the chunk
     B, I, O, F, G, tiles_of_group,
     BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, UNROLL: tl.constexpr,
-    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr, SUM: tl.constexpr, GRAD: tl.constexpr,
 ):  # fmt: skip
     # one program: one tile of labels x BLOCK_B rows
@@ -83,7 +84,7 @@ def _loss_kernel(
     tile = first_tile + (pid // across).to(tl.int64)
     z, label, inside = logits_tile(
         input_ptr, weight_ptr, indices_ptr, bias_ptr, tile, b,
-        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS, WIDEN,
+        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS,
     )  # fmt: skip
     target = tl.zeros((BLOCK_O, BLOCK_B), dtype=tl.float32)
     own = tile * across + pid % across
@@ -98,7 +99,8 @@ def _loss_kernel(
         tl.store(sums_ptr + own, tl.sum(by_row.to(tl.float64), axis=0))
     if GRAD:
         slope = slope * (tl.load(scale_ptr) * factor)
-        tl.store(grad_ptr + (label - first_label)[:, None] * B + b[None, :], slope, mask=live)
+        where = grad_ptr + (label - first_label)[:, None] * B + b[None, :]
+        tl.store(where, cast(slope, grad_ptr.dtype.element_ty), mask=live)
 
 
 class _Loss:
@@ -130,7 +132,7 @@ class _Loss:
             self.x, weight, self.indices, weight if bias is None else bias, *self.positives,
             self.sums if grad_loss is None else grad_loss, self.sums, grad,
             self.factor, first_tile, first_label, *tiles.sizes,
-            WIDEN=INTERPRETED, KIND=self.kind, SUM=sum, GRAD=grad_loss is not None,
+            KIND=self.kind, SUM=sum, GRAD=grad_loss is not None,
             **tiles.options(weight, bias),
         )  # fmt: skip
         return grad

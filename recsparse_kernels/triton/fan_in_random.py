@@ -1,7 +1,8 @@
 """The random numbers of reference.fan_in, bit for bit: counters through a hash."""
 
-import triton
 import triton.language as tl
+
+from ._device import device_function
 
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 ROUND = tl.constexpr(0xD1B54A32D192ED03)
@@ -21,13 +22,13 @@ def halves(key: int) -> tuple[int, int]:
     return tuple((part & 0xFFFFFFFF ^ 2**31) - 2**31 for part in (key, key >> 32))
 
 
-@triton.jit
+@device_function
 def whole(low, high):
     """The uint64 of two `halves`."""
     return (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
 
 
-@triton.jit
+@device_function
 def hashed(x):
     """`hash64` of each uint64."""
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -35,7 +36,7 @@ def hashed(x):
     return x ^ (x >> 31)
 
 
-@triton.jit
+@device_function
 def mix32(x):
     """`_mix` of reference.fan_in, of each uint32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D

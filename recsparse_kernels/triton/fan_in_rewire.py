@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.fan_in import DRAW_ROUNDS, FRACTION, LAYER, ROW, THRESHOLD
+from ._device import device_function
 from ._launch import checked_indices, launch, launcher
+from ._precision import cast
 from .fan_in_cases import layers
 from .fan_in_random import halves, hash64, hashed, whole
 
@@ -29,7 +31,7 @@ RESET_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 WAITING = tl.constexpr(-1)  # in indices, while no input is found
 
 
-@triton.jit
+@device_function
 def _score_bits(weight_ptr, position, live, O, F, G, ONE: tl.constexpr):
     """int32 bits of the root mean square of a connection's weights over the labels of its group."""
     row = position // F
@@ -48,7 +50,7 @@ def _score_bits(weight_ptr, position, live, O, F, G, ONE: tl.constexpr):
     return score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit
+@device_function
 def _keys(weight_ptr, position, live, key, O, F, G, ONE: tl.constexpr):
     """int64: score, then a random tie."""
     bits = _score_bits(weight_ptr, position, live, O, F, G, ONE)
@@ -158,7 +160,7 @@ def _drop_of_row_kernel(
     tl.store(dropped_ptr + first + f, (before < count).to(tl.int8), mask=f < F)
 
 
-@triton.jit
+@device_function
 def _draw(key, position, attempt, I):
     """int32, uniform in [0, I)."""
     bits = hashed(key + position.to(tl.uint64) * 0x9E3779B97F4A7C15 + attempt * 0xD1B54A32D192ED03) >> 32
@@ -259,7 +261,7 @@ def _reset_kernel(
     if RANDOM:
         bits = hashed(~whole(key_low, key_high) + element.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 40
         value = (2.0 * (bits.to(tl.float32) * (2.0**-24)) - 1.0) * scale
-    tl.store(values_ptr + element, value, mask=dropped)
+    tl.store(values_ptr + element, cast(value, values_ptr.dtype.element_ty), mask=dropped)
 
 
 @launcher

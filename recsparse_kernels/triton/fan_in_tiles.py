@@ -14,12 +14,13 @@ An index out of range reads zero.
 
 import dataclasses
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..config import get_check_indices
 from . import _launch
+from ._device import device_function
+from ._precision import dot
 
 GROUPED_FROM = 8  # labels of a group, from which half-empty tiles of tl.dot (16 rows) still win
 UNROLL = 4  # inputs whose loads are in flight at once, by label
@@ -172,7 +173,7 @@ def unchecked() -> bool:
 # ---- inside kernels ----
 
 
-@triton.jit
+@device_function
 def tile_labels(tile, O, G, tiles_of_group, GROUPED: tl.constexpr, BLOCK_O: tl.constexpr):
     """Labels of a tile, and which of them exist: [BLOCK_O] int64, bool."""
     lane = tl.arange(0, BLOCK_O)
@@ -187,7 +188,7 @@ def tile_labels(tile, O, G, tiles_of_group, GROUPED: tl.constexpr, BLOCK_O: tl.c
     return label, inside
 
 
-@triton.jit
+@device_function
 def load_inputs(input_ptr, col, live, b, B, I):
     """input[b, col] for each pair, from [I, B]; zero where ``col`` is out of range."""
     live = live & (col >= 0) & (col < I)
@@ -195,16 +196,7 @@ def load_inputs(input_ptr, col, live, b, B, I):
     return tl.load(where, mask=live[:, None] & (b < B)[None, :], other=0.0)
 
 
-@triton.jit
-def dot(a, b, acc, WIDEN: tl.constexpr):
-    """acc + a @ b. WIDEN: the interpreter multiplies the bits of bfloat16 as they are."""
-    if WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
+@device_function
 def logits_tile(
     input_ptr,  # [I, B]
     weight_ptr,  # [O, F]
@@ -214,7 +206,7 @@ def logits_tile(
     b,  # [BLOCK_B]
     B, I, O, F, G, tiles_of_group,
     BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, UNROLL: tl.constexpr,
-    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Logits [BLOCK_O, BLOCK_B] float32 of a tile, its labels, and which of them exist."""
     label, inside = tile_labels(tile, O, G, tiles_of_group, GROUPED, BLOCK_O)
@@ -230,7 +222,7 @@ def logits_tile(
                 mask=inside[:, None] & (f < F)[None, :],
                 other=0.0,
             )
-            z = dot(w, x, z, WIDEN)
+            z = dot(w, x, z)
     else:
         row = label // G
         zero = tl.zeros((BLOCK_O,), dtype=tl.int32)

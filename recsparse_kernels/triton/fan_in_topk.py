@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
+from ._device import device_function
 from ._launch import checked_indices, launch, launcher
+from ._precision import cast
 from .fan_in_cases import layers
 from .fan_in_tiles import Tiles, logits_tile, tile_labels
 
@@ -30,7 +31,7 @@ SCORE_INPUT_CONFIG = dict(BLOCK_E=64, BLOCK_I=128, num_warps=4, num_stages=1)
 SCORE_WEIGHT_CONFIG = dict(BLOCK_O=16, BLOCK_F=32, num_warps=4, num_stages=1)
 
 
-@triton.jit
+@device_function
 def _keys(z, label, inside):
     """int64: order of the logits, NaN above all, then labels downwards; the least where not ``inside``."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)  # -0 equals 0
@@ -56,7 +57,7 @@ def _best_of_tiles_kernel(
     first_tile, first_column, columns,
     B, I, O, F, G, tiles_of_group,
     BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, UNROLL: tl.constexpr,
-    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDEN: tl.constexpr,
+    GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     # one program: one tile of labels x BLOCK_B rows
     across = tl.cdiv(B, BLOCK_B)
@@ -64,13 +65,13 @@ def _best_of_tiles_kernel(
     b = (pid % across) * BLOCK_B + tl.arange(0, BLOCK_B)
     z, label, inside = logits_tile(
         input_ptr, weight_ptr, indices_ptr, bias_ptr, first_tile + (pid // across).to(tl.int64), b,
-        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS, WIDEN,
+        B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS,
     )  # fmt: skip
     best = tl.max(_keys(z, label[:, None], inside[:, None]), axis=0)
     tl.store(keys_ptr + b.to(tl.int64) * columns + first_column + pid // across, best, mask=b < B)
 
 
-@triton.jit
+@device_function
 def _score_labels(
     input_ptr,  # the row of the input, [I]
     weight_ptr, indices_ptr, bias_ptr,
@@ -138,7 +139,7 @@ def fan_in_topk(
             _best_of_tiles_kernel,
             (count * tiles.across,),
             x, weight, indices, bias_or_any, keys, first, kept, kept + count, *tiles.sizes,
-            WIDEN=INTERPRETED, **options,
+            **options,
         )  # fmt: skip
         best = keys.topk(min(wanted, kept + count), dim=1, sorted=False).values
     chosen = tiles.tile_of(0xFFFFFFFF - (best & 0xFFFFFFFF))
@@ -182,7 +183,7 @@ def _score_kernel(
         input_ptr + row * I, weight_ptr, indices_ptr, bias_ptr, label, inside, I, F, G,
         BLOCK_C, BLOCK_F, HAS_BIAS,
     )  # fmt: skip
-    tl.store(output_ptr + row * C + c, z, mask=c < C)
+    tl.store(output_ptr + row * C + c, cast(z, output_ptr.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -210,7 +211,7 @@ def _score_grad_input_kernel(
         w = tl.load(weight_ptr + label * F + e % F, mask=live, other=0.0).to(tl.float32)
         col = tl.load(indices_ptr + label // G * F + e % F, mask=live, other=-1)
         acc += tl.sum(tl.where(col[:, None] == i[None, :], (g * w)[:, None], 0.0), axis=0)
-    tl.store(grad_input_ptr + row * I + i, acc, mask=i < I)
+    tl.store(grad_input_ptr + row * I + i, cast(acc, grad_input_ptr.dtype.element_ty), mask=i < I)
 
 
 @triton.jit
@@ -240,7 +241,8 @@ def _score_grad_weight_kernel(
         live = (count > j)[:, None] & (col >= 0) & (col < I)
         x = tl.load(input_ptr + (place // C * I)[:, None] + col, mask=live, other=0.0)
         acc += g[:, None] * x.to(tl.float32)
-    tl.store(grad_weight_ptr + label[:, None] * F + f[None, :], acc, mask=mask)
+    where = grad_weight_ptr + label[:, None] * F + f[None, :]
+    tl.store(where, cast(acc, grad_weight_ptr.dtype.element_ty), mask=mask)
 
 
 @launcher
