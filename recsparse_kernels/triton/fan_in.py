@@ -70,7 +70,7 @@ def fan_in_linear_grad_input(
     indices = checked_indices("indices", indices, in_features).contiguous()
     weight = weight.contiguous()
     tiles = Tiles(grad_output.shape[0], in_features, *weight.shape, group_size)
-    total = InputGradient(tiles, grad_output.device)
+    total = InputGradient(tiles, weight)
     for chunk in tiles.chunks(scratch_budget(grad_output, weight, indices), total.entry_bytes()):
         total.add(chunk, _of_chunk(grad_output, chunk), weight, indices)
     return total.result(grad_output.dtype)

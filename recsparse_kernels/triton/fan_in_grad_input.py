@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import launch
-from ._precision import dot
+from ._precision import cast, dot
 from .fan_in_tiles import Chunk, Tiles
 
 # An input's entries are cut into parts, so that the programs fill a device, but not into short ones.
@@ -57,7 +57,7 @@ def _sum_by_input_kernel(
         entry = tl.load(order_ptr + e, mask=e < end, other=0)
         if SHARED:
             mask = (e < end)[:, None] & (b < B)[None, :]
-            acc += tl.load(values_ptr + entry[:, None] * B + b[None, :], mask=mask, other=0.0)
+            acc += tl.load(values_ptr + entry[:, None] * B + b[None, :], mask=mask, other=0.0).to(tl.float32)
         else:
             narrow = entry.to(tl.int32)  # a chunk's entries are few: no division of 64 bits
             row = narrow // F
@@ -77,7 +77,7 @@ def _sum_by_input_kernel(
 def _sum_over_group_kernel(
     grad_ptr,  # [labels, B] of the chunk: gradient to the logits
     weight_ptr,  # [labels, F] of the chunk
-    shared_ptr,  # [rows, F, B] float32
+    shared_ptr,  # [rows, F, B]
     B, F, G, labels,
     BLOCK_O: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +102,16 @@ def _sum_over_group_kernel(
         )
         acc = dot(tl.trans(w.to(g.dtype)), g, acc)
     where = shared_ptr + (row * F + f)[:, None] * B + b[None, :]
-    tl.store(where, acc, mask=(f < F)[:, None] & (b < B)[None, :])
+    tl.store(where, cast(acc, shared_ptr.dtype.element_ty), mask=(f < F)[:, None] & (b < B)[None, :])
 
 
 class InputGradient:
     """Sums the gradient to the input, chunk by chunk of labels."""
 
-    def __init__(self, tiles: Tiles, device: torch.device):
-        self.tiles = tiles
+    def __init__(self, tiles: Tiles, weight: Tensor):
+        self.tiles, device = tiles, weight.device
+        # sums over a group, before those over groups; float16 has not the range
+        self.shared_dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
         self.name = "16 rows" if tiles.batch <= 16 else "many rows"
         self.across = -(-tiles.batch // SUM_CONFIGS[self.name]["BLOCK_B"])
         programs = max(1, tiles.in_features * self.across)
@@ -132,7 +134,7 @@ class InputGradient:
         weight = weight[chunk.first_label : chunk.end_label]
         values = grad
         if tiles.grouped:
-            values = grad.new_empty((size, tiles.batch), dtype=torch.float32)
+            values = grad.new_empty((size, tiles.batch), dtype=self.shared_dtype)
             options = GROUP_CONFIGS["16 rows" if tiles.batch <= 16 else "many rows"]
             steps = -(-tiles.fan_in // options["BLOCK_F"])
             launch(
@@ -154,4 +156,6 @@ class InputGradient:
 
     def entry_bytes(self) -> float:
         """Scratch bytes for each label and row."""
-        return 4 * (1 + self.tiles.fan_in / self.tiles.group_size * self.tiles.grouped)
+        return self.shared_dtype.itemsize * (
+            1 + self.tiles.fan_in / self.tiles.group_size * self.tiles.grouped
+        )

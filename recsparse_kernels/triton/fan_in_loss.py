@@ -254,7 +254,7 @@ def _backward(
 ) -> Tensor | None:
     """Gradient to the input if asked for, and those of the weight and bias as ``ending`` says."""
     tiles, weight = loss.tiles, loss.weight
-    total = InputGradient(tiles, weight.device) if input_grad else None
+    total = InputGradient(tiles, weight) if input_grad else None
     budget = scratch_budget(weight, loss.indices, loss.x, out_weight, *ending.state)
     for chunk in tiles.chunks(budget, total.entry_bytes() if input_grad else 4):
         grad = loss.run(chunk, grad_loss, sum=sum)

@@ -24,7 +24,7 @@ from ._precision import dot
 
 GROUPED_FROM = 8  # labels of a group, from which half-empty tiles of tl.dot (16 rows) still win
 UNROLL = 4  # inputs whose loads are in flight at once, by label
-SCRATCH_BYTES = 2**27  # of a chunk's gradient by logit; large enough to hide launches
+SCRATCH_BYTES = 2**28  # of a chunk: its dozen launches take less than the bytes do
 SCRATCH_ENTRIES = 2**22  # indices sorted at once: 10 bytes each, and as much again inside the sort
 
 # By label, the tile is as narrow as the batch: 4096 products in flight. By group, BLOCK_F inputs are

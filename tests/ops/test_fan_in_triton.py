@@ -99,7 +99,7 @@ def test_chunks_cover_all_labels_within_the_budget(batch, group_size):
 def test_long_sums_are_cut_into_parts(monkeypatch):
     monkeypatch.setattr(fan_in_grad_input, "MIN_PART", 4)
     case = make_case(4, 5, 60, 3)
-    total = fan_in_grad_input.InputGradient(fan_in_tiles.Tiles(4, 5, 60, 3, 1), case.input.device)
+    total = fan_in_grad_input.InputGradient(fan_in_tiles.Tiles(4, 5, 60, 3, 1), case.weight)
     assert total.parts == 8
     grad = torch.randn(4, 60)
     arguments = (grad, case.weight, case.indices, 5, 1)
@@ -235,6 +235,11 @@ def test_compile_with_the_triton_backend():
     actual, wanted = torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves), run(*leaves)
     torch.testing.assert_close(actual, wanted)
     torch.testing.assert_close(torch.autograd.grad(actual, leaves), torch.autograd.grad(wanted, leaves))
+
+
+def test_every_op_has_a_launcher():
+    names = {name for name in vars(reference) if name.startswith("fan_in_")}
+    assert len(names) == 12 and names <= set(triton_backend.LAUNCHERS)
 
 
 def test_compile_cases_record_every_kernel_and_configuration():
