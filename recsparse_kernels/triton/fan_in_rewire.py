@@ -209,7 +209,7 @@ def _regrow_kernel(
             f = f0 + lane
             waits = tl.load(indices_ptr + first + f, mask=f < F, other=-2) == -1
             drawn = _draw(key, first + f, attempt, I)
-            clash = tl.zeros((BLOCK,), dtype=tl.int32)
+            clash = lane * 0
             for e0 in range(0, F, BLOCK):
                 e = e0 + lane
                 column = tl.load(indices_ptr + first + e, mask=e < F, other=-2).to(tl.int32)
