@@ -67,7 +67,7 @@ def layer_calls(case):
     }
 
 
-@pytest.mark.parametrize("shape", [(3, 9, 600, 3, 1), (3, 9, 140, 3, 3), (5, 30, 100, 9, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9, 600, 3, 1), (3, 9, 140, 3, 3), (5, 20, 60, 5, 16)], ids=str)
 def test_many_small_chunks(shape, monkeypatch):
     """Chunks of one tile or one group, the last one short, give what the reference gives, each time."""
     monkeypatch.setattr(fan_in_tiles, "SCRATCH_ENTRIES", 1)
@@ -116,6 +116,16 @@ def test_topk_over_several_steps(k, group_size, monkeypatch):
     case = make_case(4, 20, 1000 if group_size == 1 else 200, 3, group_size)
     values, labels = ops.fan_in_topk(*case.layer, k, group_size=group_size, backend="triton")
     wanted, order = ops.fan_in_topk(*case.layer, k, group_size=group_size, backend="reference")
+    torch.testing.assert_close(values, wanted)
+    assert torch.equal(labels, order)
+
+
+@pytest.mark.parametrize("group_size", [1, 16])
+def test_topk_of_many_rows(group_size):
+    """More rows than one tile has."""
+    case = make_case(70, 9, 70, 2, group_size)
+    values, labels = ops.fan_in_topk(*case.layer, 1, group_size=group_size, backend="triton")
+    wanted, order = ops.fan_in_topk(*case.layer, 1, group_size=group_size, backend="reference")
     torch.testing.assert_close(values, wanted)
     assert torch.equal(labels, order)
 
