@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "fan_in_chunks.h"
 
 namespace recsparse {
@@ -129,8 +131,10 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
                  " rows, as input; got shape ", shape_text(grad_output));
   const FanInSizes size =
       check_fan_in_layer(input.size(0), input.size(1), grad_output.size(1), indices, group_size);
-  Tensor grad_weight = torch::stable::new_zeros(input, {size.out_features, size.fan_in});
-  if (grad_weight.numel() == 0 || size.batch == 0) return grad_weight;
+  const std::vector<int64_t> shape = {size.out_features, size.fan_in};
+  if (size.batch == 0) return torch::stable::new_zeros(input, shape);
+  Tensor grad_weight = new_empty(input, shape);
+  if (grad_weight.numel() == 0) return grad_weight;
   const Tensor g = contiguous(grad_output), x = contiguous(input), columns = contiguous(indices);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -140,7 +144,8 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
     std::atomic<bool> valid{true};
     parallel_for(plan.chunks(), 1, [&](int64_t first, int64_t last) {
       FanInChunk<T> chunk(plan, columns, nullptr, nullptr);
-      Scratch<float> tile(kFanInTile * plan.lanes), sums(plan.chunk * size.fan_in);
+      Scratch<float> tile(kFanInTile * plan.lanes);
+      FanInChunkSums<T> sums(mutable_data<T>(grad_weight), plan.chunk * size.fan_in);
       for (int64_t c = first; c < last; ++c) {
         const int64_t begin = c * plan.chunk, end = plan.chunk_end(begin);
         if (!chunk.load(begin, end)) {
@@ -152,14 +157,13 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
           for_each_tile(begin, end, [&](int64_t label, int64_t labels) {
             kernels.pack(rows + label, size.out_features, plan.rows_of_panel(panel), labels,
                          plan.lanes, tile.get());
-            float* out = sums.get() + (label - begin) * size.fan_in;
+            float* out = sums.at(begin * size.fan_in) + (label - begin) * size.fan_in;
             kernels.gradients(chunk.tile(label, labels),
                               panels.get() + panel * plan.panel_elements(), tile.get(),
                               {nullptr, out, nullptr, panel > 0});
           });
         }
-        kernels.narrow(sums.get(), (end - begin) * size.fan_in,
-                       mutable_data<T>(grad_weight) + begin * size.fan_in);
+        sums.write(begin * size.fan_in, (end - begin) * size.fan_in);
       }
     });
     if (!valid) raise_index_range(size.in_features);

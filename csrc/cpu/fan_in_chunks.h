@@ -33,20 +33,19 @@ struct FanInPlan {
   int64_t lanes, panels, chunk;
 
   // For gradients: whole vectors, and two of them halve the sums across lanes.
-  FanInPlan(const FanInSizes& sizes, int64_t vector_lanes)
-      : FanInPlan(sizes, vector_lanes,
-                  sizes.batch > vector_lanes &&
-                          sizes.in_features * 2 * vector_lanes * 4 <= kFanInPanelBytes
-                      ? 2 * vector_lanes
-                      : vector_lanes) {}
+  FanInPlan(const FanInSizes& sizes, int64_t vector_lanes) : size(sizes), lanes(vector_lanes) {
+    if (size.batch > lanes && size.in_features * 2 * lanes * 4 <= kFanInPanelBytes) lanes *= 2;
+    cut();
+  }
 
-  // For logits alone: loads of x are the limit, so the panel is as narrow as the batch, and never
-  // wider than a line, since half of a panel of lines is still in L1 when it is wanted again.
+  // For logits alone, where loads of x are the limit: as narrow as the batch, and never wider than
+  // a line, since half of a panel of lines is still in L1 when it is wanted again.
   static FanInPlan for_logits(const FanInSizes& sizes) {
-    int64_t lanes = 1;
-    if (sizes.batch > 1) lanes = 4;
-    while (lanes < std::min(sizes.batch, kFanInLogitLanes)) lanes *= 2;
-    return FanInPlan(sizes, lanes, lanes);
+    FanInPlan plan(sizes);
+    plan.lanes = sizes.batch > 1 ? 4 : 1;
+    while (plan.lanes < std::min(sizes.batch, kFanInLogitLanes)) plan.lanes *= 2;
+    plan.cut();
+    return plan;
   }
 
   int64_t chunks() const { return (size.out_features + chunk - 1) / chunk; }
@@ -68,8 +67,9 @@ struct FanInPlan {
   int64_t slabs(int64_t budget_bytes) const { return slabs(budget_bytes, 4 * input_elements()); }
 
  private:
-  FanInPlan(const FanInSizes& sizes, int64_t, int64_t panel_lanes)
-      : size(sizes), lanes(panel_lanes) {
+  explicit FanInPlan(const FanInSizes& sizes) : size(sizes) {}
+
+  void cut() {
     panels = (size.batch + lanes - 1) / lanes;
     const int64_t fitting = kFanInChunkBytes / std::max<int64_t>(8 * size.fan_in, 1);
     const int64_t sharing = size.out_features / 16;  // leave some for other threads
@@ -143,13 +143,12 @@ struct FanInIndices {
 
   template <class T>
   void dots(const FanInKernels<T>& kernels, const float* input, const T* weight, const T* bias,
-            const int64_t* labels, int64_t first, int64_t count, const FanInSizes& size,
-            float* out) const {
+            const int64_t* labels, int64_t count, const FanInSizes& size, float* out) const {
     if (narrow)
-      kernels.dots16(input, weight, static_cast<const int16_t*>(data), bias, labels, first, count,
+      kernels.dots16(input, weight, static_cast<const int16_t*>(data), bias, labels, count,
                      size.fan_in, size.group_size, out);
     else
-      kernels.dots32(input, weight, static_cast<const int32_t*>(data), bias, labels, first, count,
+      kernels.dots32(input, weight, static_cast<const int32_t*>(data), bias, labels, count,
                      size.fan_in, size.group_size, out);
   }
 };
@@ -246,6 +245,32 @@ class FanInChunk {
   const float* current_ = nullptr;
   int64_t begin_ = 0;
   Scratch<float> wide_weight_, wide_bias_;
+};
+
+// The gradient of a chunk of a tensor, in float32: summed in its own place where it holds float32,
+// else in scratch of the size of a chunk.
+template <class T>
+class FanInChunkSums {
+ public:
+  FanInChunkSums(T* target, int64_t elements)
+      : target_(target), wide_(std::is_same_v<T, float> && target ? 0 : elements) {}
+
+  // of the elements from `first` on
+  float* at(int64_t first) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (target_) return target_ + first;
+    }
+    return wide_.get();
+  }
+  void write(int64_t first, int64_t count) {
+    if constexpr (!std::is_same_v<T, float>) {
+      if (target_) fan_in_kernels<T>().narrow(wide_.get(), count, target_ + first);
+    }
+  }
+
+ private:
+  T* const target_;  // null: the sums are for the caller alone
+  Scratch<float> wide_;
 };
 
 // body(first label, labels) over [begin, end), tile by tile.

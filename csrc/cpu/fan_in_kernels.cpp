@@ -327,8 +327,8 @@ void logits(const FanInTile& tile, const float* panel, float* logits) {
 
 RS_INLINE void write_sums(const FanInGradients& out, int64_t at, Vec sums, int64_t count) {
   float* target = out.weight + at;
-  if (out.add) sums = sums + load_first(target, count);
-  store_first(target, sums, count);
+  if (count == kLanes) return store(target, out.add ? sums + load(target) : sums);
+  store_first(target, out.add ? sums + load_first(target, count) : sums, count);
 }
 
 // One label: a row of the weight gradient is `count` dot products over the batch, which are folded
@@ -605,12 +605,11 @@ void update(const FanInOptimizer& o, const float* grad, int64_t count, float* we
   }
 }
 
-// ---- small batches, candidates, top-k ----
+// ---- candidates, top-k ----
 
 template <class T, class Index>
 void dots(const float* input, const T* weight, const Index* indices, const T* bias,
-          const int64_t* labels, int64_t first, int64_t count, int64_t fan_in, int64_t group_size,
-          float* out) {
+          const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size, float* out) {
   const int64_t vectors_end = fan_in / kLanes * kLanes;
   for (int64_t begin = 0; begin < count; begin += kLanes) {
     const int64_t width = smaller(kLanes, count - begin);
@@ -619,8 +618,8 @@ void dots(const float* input, const T* weight, const Index* indices, const T* bi
     for (int i = 0; i < kLanes; ++i) {
       sums[i] = zero();
       if (i >= width) continue;
-      const int64_t label = labels ? labels[begin + i] : first + begin + i;
-      if (labels && begin + i + kLanes < count) {  // rows anywhere in memory
+      const int64_t label = labels[begin + i];
+      if (begin + i + kLanes < count) {  // rows anywhere in memory
         const int64_t next = labels[begin + i + kLanes];
         for (int64_t f = 0; f < fan_in; f += 64 / sizeof(T))
           __builtin_prefetch(weight + next * fan_in + f);

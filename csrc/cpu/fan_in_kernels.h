@@ -83,15 +83,14 @@ struct FanInKernels {
   void (*update)(const FanInOptimizer& optimizer, const float* grad, int64_t count, float* weight,
                  float* m, float* v);
 
-  // Small batches and candidates: lanes along the fan-in, weights and indices as they are stored.
-  //   out[i] = bias[l] + sum_f weight[l][f] * input[indices[l / group_size][f]],
-  //   l = labels[i], or first + i where labels is null
+  // Candidates: lanes along the fan-in, weights and indices as they are stored.
+  //   out[i] = bias[l] + sum_f weight[l][f] * input[indices[l / group_size][f]], l = labels[i]
   void (*dots16)(const float* input, const T* weight, const int16_t* indices, const T* bias,
-                 const int64_t* labels, int64_t first, int64_t count, int64_t fan_in,
-                 int64_t group_size, float* out);
+                 const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size,
+                 float* out);
   void (*dots32)(const float* input, const T* weight, const int32_t* indices, const T* bias,
-                 const int64_t* labels, int64_t first, int64_t count, int64_t fan_in,
-                 int64_t group_size, float* out);
+                 const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size,
+                 float* out);
   // first i >= begin with row[i] > threshold or NaN, else count
   int64_t (*first_above)(const float* row, int64_t begin, int64_t count, float threshold);
 };

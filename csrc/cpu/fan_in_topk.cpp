@@ -196,7 +196,7 @@ Tensor fan_in_score(const Tensor& input, const Tensor& weight, const Tensor& ind
           continue;
         }
         source.dots(kernels, rows.get() + b * size.in_features, data<T>(w), data_or_null<T>(offset),
-                    chosen, 0, width, size, scores);
+                    chosen, width, size, scores);
         kernels.narrow(scores, width, out + b * count + begin);
       }
     });
