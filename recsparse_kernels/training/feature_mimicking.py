@@ -15,18 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import LowRankEmbedding, LowRankEmbeddingBag, LowRankFields, LowRankLinear
-from ..nn._factorize import choose_rank, factorize, table_basis
+from ..nn._factorize import factorize, table_basis
 from ..swap import swap_modules
 from ..swap_report import SwapReport
 from ._method import TrainingMethod, agree, all_reduce_sum, check_count, check_tensor_state, unwrap
-from .feature_mimicking_statistics import (
-    Candidate,
-    Moments,
-    Spectrum,
-    mimic_linear,
-    ranks_for_budget,
-    spectrum,
-)
+from .feature_mimicking_fields import check_readers, field_tables
+from .feature_mimicking_statistics import Candidate, Moments, Spectrum, mimic_linear, pick_ranks, spectrum
 
 FACTORS = ("mimic", "svd")
 MIN_SIDE = 8  # of layers that are taken unless named: the rest is not worth two factors
@@ -107,7 +101,7 @@ class FeatureMimicking(TrainingMethod):
         for name in (*(layers or ()), *self.fields, *(n for n in self.fields.values() if n)):
             if name not in modules:
                 raise ValueError(f"layer {name!r} is not in the model")
-        self._field_tables = {name: self._tables_of(name) for name in self.fields}
+        self._field_tables = {name: field_tables(name, modules[name]) for name in self.fields}
         inside = {id(t) for tables in self._field_tables.values() for t in tables}
         if layers is None:
             layers = [n for n, m in modules.items() if _worthwhile(m) and id(m) not in inside]
@@ -123,7 +117,7 @@ class FeatureMimicking(TrainingMethod):
                     f"layer {name!r} has {modules[name].out_features} outputs, more than max_features="
                     f"{max_features}: leave it out of layers, or take LowRankLinear.from_dense"
                 )
-        self._check_folds(modules)
+        check_readers(self.fields, self._field_tables, modules)
         if not layers and not self.fields:
             raise ValueError("layers: nothing in the model to compress")
         self.layers = {name: modules[name] for name in layers}
@@ -141,27 +135,6 @@ class FeatureMimicking(TrainingMethod):
             for n, m in tables.items()
         }
         self._hooks: list = []
-
-    def _tables_of(self, name: str) -> list[nn.Embedding]:
-        tables = [m for m in self._model.get_submodule(name).modules() if type(m) is nn.Embedding]
-        if not tables or len({t.embedding_dim for t in tables}) > 1:
-            dims = [t.embedding_dim for t in tables]
-            raise TypeError(f"fields {name!r} must hold nn.Embedding tables of one dimension; got {dims}")
-        return tables
-
-    def _check_folds(self, modules) -> None:
-        for name, reader in self.fields.items():
-            if reader is None:
-                continue
-            if type(modules[reader]) is not nn.Linear:
-                got = type(modules[reader]).__name__
-                raise TypeError(f"the reader {reader!r} of {name!r} must be an nn.Linear; got {got}")
-            wanted = sum(t.embedding_dim for t in self._field_tables[name])
-            if modules[reader].in_features != wanted:
-                raise ValueError(
-                    f"the reader {reader!r} of {name!r} must take its {wanted} features; "
-                    f"it takes {modules[reader].in_features}"
-                )
 
     # -- collecting --------------------------------------------------------------------------------------
 
@@ -254,41 +227,6 @@ class FeatureMimicking(TrainingMethod):
         weight = self.layers[name].weight
         return Candidate(name, spectra[0].energies, weight.numel(), sum(weight.shape))
 
-    def _pick(self, spectra, rank, energy, budget, multiple_of) -> dict[str, int | None]:
-        if sum(given is not None for given in (rank, energy, budget)) != 1:
-            raise ValueError(
-                f"give one of rank, energy and budget; got rank={rank}, energy={energy}, budget={budget}"
-            )
-        check_count("multiple_of", multiple_of)
-        candidates = [self._candidate(name, found) for name, found in spectra.items()]
-        if budget is not None:
-            if isinstance(budget, float):
-                if not 0 < budget <= 1:
-                    raise ValueError(f"budget must be in (0, 1], a share of the weights; got {budget}")
-                budget = int(budget * sum(c.dense for c in candidates))
-            picked = ranks_for_budget(candidates, budget)
-        elif energy is not None:
-            picked = {c.name: choose_rank(c.energies, energy) for c in candidates}
-        elif isinstance(rank, Mapping):
-            unknown = sorted(set(rank) - set(spectra))
-            if unknown:
-                raise ValueError(f"rank names layers that are not collected: {unknown}")
-            picked = {c.name: rank.get(c.name) for c in candidates}
-        else:
-            picked = {c.name: rank for c in candidates}
-        for candidate in candidates:
-            chosen = picked[candidate.name]
-            if chosen is None:
-                continue
-            check_count(f"rank of {candidate.name!r}", chosen)
-            if rank is not None and chosen > len(candidate.energies):
-                raise ValueError(
-                    f"rank of {candidate.name!r} must be at most {len(candidate.energies)}; got {chosen}"
-                )
-            if rank is None:
-                picked[candidate.name] = min(-(-chosen // multiple_of) * multiple_of, len(candidate.energies))
-        return picked
-
     # -- compressing -------------------------------------------------------------------------------------
 
     def compress(
@@ -321,10 +259,10 @@ class FeatureMimicking(TrainingMethod):
         """
         self.stop()
         spectra = self.spectra(factors)
-        picked = self._pick(spectra, rank, energy, budget, multiple_of)
+        candidates = {name: self._candidate(name, found) for name, found in spectra.items()}
+        picked = pick_ranks(list(candidates.values()), rank, energy, budget, multiple_of)
         left = {name: "no rank was given for it" for name, r in picked.items() if r is None}
-        for name, found in spectra.items():
-            candidate = self._candidate(name, found)
+        for name, candidate in candidates.items():
             if picked[name] is not None and keep_smaller and picked[name] > candidate.most:
                 left[name] = f"rank {picked[name]} is not smaller than dense"
         chosen = {name: r for name, r in picked.items() if name not in left}

@@ -2,13 +2,14 @@
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import LowRankLinear
-from ._method import all_reduce_sum
+from ..nn._factorize import choose_rank
+from ._method import all_reduce_sum, check_count
 
 CHUNK_ROWS = 8192  # features taken to float64 at a time
 
@@ -160,3 +161,45 @@ def ranks_for_budget(candidates: Sequence[Candidate], budget: int) -> dict[str, 
                 ranks[candidate.name] = None
                 spent += extra
     return ranks
+
+
+def pick_ranks(
+    candidates: Sequence[Candidate],
+    rank: int | Mapping[str, int | None] | None,
+    energy: float | None,
+    budget: int | float | None,
+    multiple_of: int = 1,
+) -> dict[str, int | None]:
+    """A rank for each layer, by exactly one of ``rank``, ``energy`` and ``budget``; None: stays dense."""
+    if sum(given is not None for given in (rank, energy, budget)) != 1:
+        raise ValueError(
+            f"give one of rank, energy and budget; got rank={rank}, energy={energy}, budget={budget}"
+        )
+    check_count("multiple_of", multiple_of)
+    if budget is not None:
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ValueError(f"budget must be in (0, 1], a share of the weights; got {budget}")
+            budget = int(budget * sum(c.dense for c in candidates))
+        picked = ranks_for_budget(candidates, budget)
+    elif energy is not None:
+        picked = {c.name: choose_rank(c.energies, energy) for c in candidates}
+    elif isinstance(rank, Mapping):
+        unknown = sorted(set(rank) - {c.name for c in candidates})
+        if unknown:
+            raise ValueError(f"rank names layers that are not collected: {unknown}")
+        picked = {c.name: rank.get(c.name) for c in candidates}
+    else:
+        picked = {c.name: rank for c in candidates}
+    for candidate in candidates:
+        chosen = picked[candidate.name]
+        if chosen is None:
+            continue
+        check_count(f"rank of {candidate.name!r}", chosen)
+        if rank is not None and chosen > len(candidate.energies):
+            raise ValueError(
+                f"rank of {candidate.name!r} must be at most {len(candidate.energies)}; got {chosen}"
+            )
+        if rank is None:
+            picked[candidate.name] = min(-(-chosen // multiple_of) * multiple_of, len(candidate.energies))
+    return picked
