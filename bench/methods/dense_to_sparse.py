@@ -1,8 +1,9 @@
 """Adaptive dense-to-sparse on a click stream in time order: progressive loss of dense, fixed and adaptive.
 
 Every window is scored by each model before the model trains on it. The dense model warms up on the first
-fifth of the windows, then the sparse ones are pruned from it. Learning rates are chosen by the dense
-model's loss on the second fifth; the figures are of the rest. One run trains all of them side by side.
+fifth of the windows (scores that weigh gradients watch), then the sparse ones are pruned from it. Learning
+rates are chosen by the dense model's loss on the second fifth; the figures are of the rest. One run trains
+all of them side by side.
 """
 
 import copy
@@ -123,17 +124,18 @@ def _stream(session, args, common, name, seed, rate, variants) -> dict:
         scores: dict[str, list[torch.Tensor]] = {"dense": []}
         moved: dict[str, list[float]] = {}
         held, begin = run.resume(), 0
+        _sparse_entries(entries, dense, variants, common["budget"], data, RATES[rate], seed)
         if held is not None:
             begin, scores, moved = held["window"], held["scores"], held["moved"]
-            if begin > warm:
-                _prune(entries, dense, variants, common["budget"], data, RATES[rate], seed)
             for key, states in held["parts"].items():
                 for part, state in zip(entries[key].parts, states, strict=True):
                     part.load_state_dict(state)
         for number in range(begin, WINDOWS if variants else choice):
-            if number == warm and variants:
-                _prune(entries, dense, variants, common["budget"], data, RATES[rate], seed)
+            if number == warm:
                 scores.update({key: [] for key in variants})
+                for entry in entries.values():
+                    if entry.method is not None:
+                        entry.method.refresh(relearn=True)
             _window(entries, data, log, windows[number], batch, scores if number >= warm else None, moved)
             if number >= warm:
                 clicked = log.clicked[windows[number]]
@@ -160,7 +162,7 @@ def _stream(session, args, common, name, seed, rate, variants) -> dict:
     return session.run(config, WINDOWS if variants else 2 * WINDOWS // 5, body)
 
 
-def _prune(entries, dense, variants, budget, data, rates, seed) -> None:
+def _sparse_entries(entries, dense, variants, budget, data, rates, seed) -> None:
     for key, options in variants.items():
         method = AdaptiveDenseToSparse(
             dense, budget, dense_optimizers=entries["dense"].optimizers, seed=seed, **options
@@ -170,27 +172,27 @@ def _prune(entries, dense, variants, budget, data, rates, seed) -> None:
 
 
 def _window(entries, data, log, rows, batch, scores, moved) -> None:
-    """Score the window, then train on it in time order, then let the methods refresh."""
+    """Score the window, then train on it in time order, then let the methods refresh.
+
+    Until the warm-up is over (``scores`` None) only the dense model trains, and scores watch it.
+    """
     if scores is not None:
         for key, entry in entries.items():
             scores[key].append(torch.from_numpy(data.scores(entry.model, rows)))
-    dense = entries["dense"]
+    dense, others = entries["dense"], [entry for entry in entries.values() if entry.method is not None]
     for part in torch.arange(rows.start, rows.stop).split(batch):
-        for key, entry in entries.items():
-            entry.model.train()
-            loss = data.loss(entry.model, part)
-            if key != "dense":
-                step(loss, entry.optimizers)
-                continue
-            for optimizer in dense.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for other in entries.values():
-                if other.method is not None:
-                    other.method.observe()
-            for optimizer in dense.optimizers:
-                optimizer.step()
-    for key, entry in entries.items():
+        dense.model.train()
+        for optimizer in dense.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        data.loss(dense.model, part).backward()
+        for other in others:
+            other.method.observe()
+        for optimizer in dense.optimizers:
+            optimizer.step()
+        for other in others if scores is not None else ():
+            other.model.train()
+            step(data.loss(other.model, part), other.optimizers)
+    for key, entry in entries.items() if scores is not None else ():
         if entry.method is not None and (refresh := entry.method.step()):
             shares = [refresh.moved[n] * refresh.density[n] for n in refresh.moved]
             moved.setdefault(key, []).append(sum(shares) / sum(refresh.density.values()))

@@ -193,6 +193,9 @@ def test_relearn_moves_weights_between_layers():
     assert sum(int(dense_mask(method, n).sum()) for n in LAYERS) == method.budget
     assert method.densities["table"] != first["table"] and "table" in refresh.reallocated
     assert not bool(dense_mask(method, "table")[:100].any())
+    shares = method.densities
+    method.refresh(relearn=False)
+    assert method.densities == shares
     for optimizer in method.sparse_optimizers:
         for parameter, held in optimizer.state.items():
             assert all(v.dim() == 0 or v.shape == parameter.shape for v in held.values())
