@@ -1,6 +1,6 @@
 """Sparse and low-rank layers for recommender and extreme-classification models in PyTorch."""
 
-from . import nn, ops
+from . import nn, ops, training
 from .adapters import register_adapter
 from .advise import advise
 from .config import cpu_level, cpu_levels, set_check_indices, set_cpu_level, show_config
@@ -27,6 +27,7 @@ __all__ = [
     "set_cpu_level",
     "show_config",
     "swap_modules",
+    "training",
     "tune",
     "unswap_modules",
 ]
