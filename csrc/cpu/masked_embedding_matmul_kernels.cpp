@@ -2,16 +2,17 @@
 //   output[b, i]        = sum_d x[b, d] W[i, d]
 //   grad_inputs_t[d, b] = sum_i W[i, d] grad_output[b, i]
 //   grad_values(i, d)   = sum_b grad_output[b, i] x[b, d]
-// inputs_t is x in panels of batch rows, each transposed, [padded / panel, D, panel]: one column of a
-// panel is a few registers, and a panel is contiguous, so that it stays in the second-level cache. At
-// density p this does p times the multiply-adds of the dense product.
+// inputs_t is x in panels of batch rows, each transposed, [padded / panel, D, panel]: one column of
+// a panel is a few registers, and a panel is contiguous, so that it stays in the second-level
+// cache. At density p this does p times the multiply-adds of the dense product.
 #include "masked_embedding_rows.h"
 
 namespace recsparse {
 namespace RS_ISA {
 
 constexpr int64_t kRowTile = 16;  // rows of the table whose results are transposed together
-// Rows of the table that go over one panel before the next: their values stay in the cache beside it.
+// Rows of the table that go over one panel before the next: their values stay in the cache beside
+// it.
 constexpr int64_t kRowBlock = 128;
 
 // Calls f(column, value index) for the kept columns of row i, in order.
@@ -52,7 +53,8 @@ bool matmul(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, i
           for (int64_t i0 = block; i0 < block_end; i0 += kRowTile) {
             const int64_t rows = block_end - i0 < kRowTile ? block_end - i0 : kRowTile;
             for (int64_t r = 0; b0 == 0 && r < rows; ++r)
-              if (i0 + r + kRowTile < table.num_embeddings) reader.prefetch_values(i0 + r + kRowTile);
+              if (i0 + r + kRowTile < table.num_embeddings)
+                reader.prefetch_values(i0 + r + kRowTile);
             for (int64_t r = 0; r < rows; ++r) {
               Vec acc[kPanelVectors];
               for (int v = 0; v < kPanelVectors; ++v) acc[v] = zero();
@@ -166,10 +168,15 @@ template <class T>
 void transpose(const T* input, int64_t batch, int64_t dim, int64_t padded, float* inputs_t) {
   with_panel(padded, [&](auto panel) {
     constexpr int64_t kPanel = panel.value;
+    constexpr int64_t kLine = 16;  // columns at a time: a cache line of each row is read once
     for (int64_t b0 = 0; b0 < padded; b0 += kPanel)
-      for (int64_t d = 0; d < dim; ++d)
-        for (int64_t b = b0; b < b0 + kPanel; ++b)
-          *inputs_t++ = b < batch ? to_float(input[b * dim + d]) : 0.0f;
+      for (int64_t d0 = 0; d0 < dim; d0 += kLine) {
+        const int64_t d1 = d0 + kLine < dim ? d0 + kLine : dim;
+        float* out = inputs_t + b0 * dim;
+        for (int64_t b = 0; b < kPanel; ++b)
+          for (int64_t d = d0; d < d1; ++d)
+            out[d * kPanel + b] = b0 + b < batch ? to_float(input[(b0 + b) * dim + d]) : 0.0f;
+      }
   });
 }
 
