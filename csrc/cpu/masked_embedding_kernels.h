@@ -31,6 +31,8 @@ enum class MaskedLayout : int {
 };
 
 constexpr int kBaseShift = 16;  // rows that share a 64-bit base: 2^16, so starts fit 32 bits
+// In a start of bitmask records: the record ends in another 64-byte line than it begins in.
+constexpr uint32_t kCrossesLine = uint32_t(1) << 31;
 constexpr int64_t kMaxMaskedDim = 32768;  // 2^16 rows of it, mask included, stay below 2^32
 constexpr int64_t kRemapBlockBytes = 12;  // uint64 occupied, uint32 rank
 constexpr int64_t kMaxRemapDim = 256;     // 8-bit column ids
@@ -46,6 +48,7 @@ struct MaskedTable {
   int64_t mask_elements;  // records: elements taken by the mask
   int64_t nnz;            // elements in `values` (records: in the record buffer)
   int64_t mean_bytes;     // of a row in `values`: what is prefetched
+  int64_t last_roomy;     // up to this row (records: element) a mask is read in whole 64-bit words
   int64_t kept_rows;      // row_remap: rows that are not empty
   const T* values;
   const uint8_t* rows;
