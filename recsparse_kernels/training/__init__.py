@@ -4,4 +4,5 @@ Each is a small object with pure schedules and ``step()``; the loop and the opti
 """
 
 from . import schedules
+from .dynamic_sparse_learning import DynamicSparseLearning, TableChange
 from .selection import ScoreStream, Selection, select_largest
