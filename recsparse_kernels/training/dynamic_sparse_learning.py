@@ -20,9 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..nn import MaskedEmbedding, MaskedEmbeddingBag
+from ..reference.masked_embedding import _bits
 from ._method import TrainingMethod, check_count, generator, is_distributed, unwrap
 from .dynamic_sparse_learning_scores import CandidateRows, Gradients, GradientTap
-from .dynamic_sparse_learning_table import BLOCK_ELEMENTS, Decision, Moving, PackedRows, change_mask
+from .dynamic_sparse_learning_table import BLOCK_ELEMENTS, Decision, Moving, PackedRows, change_mask, without
 from .schedules import Schedule, cosine
 from .selection import ScoreStream, select_largest
 
@@ -229,18 +230,16 @@ class DynamicSparseLearning(TrainingMethod):
             magnitudes, count, seed=self._seed(name, step, "drop"), names=[f"magnitudes of {name}"]
         )
         # the padding row gets no gradient: nothing is regrown there while there is room elsewhere
-        padding = layer.padding_idx
+        left, padding = without(packed, drop), layer.padding_idx
         if padding is not None and layer.nnz > (packed.num_rows - 1) * packed.dim:
             padding = None
 
         def scores(begin: int, end: int) -> Tensor:
             first, last = begin // packed.dim, -(-end // packed.dim)
-            kept = packed.bits(first, last)
-            free = ~kept
-            free[kept] = drop.mask(0, packed.start(first), packed.start(last))
+            free = ~_bits(left[first:last], packed.dim)
             if padding is not None and first <= padding < last:
                 free[padding - first] = False
-            out = torch.zeros(kept.shape, dtype=dtype, device=values.device)
+            out = torch.zeros(free.shape, dtype=dtype, device=values.device)
             if gradients is not None:
                 ids = gradients.touched(first, last)
                 out[ids - first] = _finite(f"{name}: growth", gradients.of(ids)).abs()
@@ -251,7 +250,7 @@ class DynamicSparseLearning(TrainingMethod):
         grow = select_largest(
             stream, count, seed=self._seed(name, step, "grow"), names=[f"growth scores of {name}"]
         )
-        return Decision(drop, grow)
+        return Decision(left, grow, count)
 
     def _check_ranks(self, decisions: dict[str, Decision]) -> None:
         """Equal weights and scores give equal decisions; weights that differ are found here."""
@@ -262,8 +261,8 @@ class DynamicSparseLearning(TrainingMethod):
             packed = PackedRows(self.layers[name])
             total = 0
             for begin, end in packed.blocks():
-                kept, dropped, grown, _ = decision.block(packed, begin, end)
-                at = ((kept & ~dropped) | grown).flatten().nonzero().squeeze(1) + begin * packed.dim
+                left, grown = decision.block(packed, begin, end)
+                at = (left | grown).flatten().nonzero().squeeze(1) + begin * packed.dim
                 total += int((at * -7046029254386353131 ^ (at >> 7)).sum())  # wraps
             sums.append((total + 2**63) % 2**64 - 2**63)
         low = torch.tensor(sums, device=next(iter(self.layers.values())).values.device)
@@ -291,7 +290,7 @@ class DynamicSparseLearning(TrainingMethod):
         moving = [Moving(layer.values.detach()), *self._moments(layer)]
         returned = change_mask(packed, decision, moving, gradient)
         layer.values.grad = None  # it belongs to the mask before
-        return TableChange(decision.drop.counts[0], returned, layer.nnz)
+        return TableChange(decision.dropped, returned, layer.nnz)
 
     def _moments(self, layer: Packed) -> list[Moving]:
         held: list[tuple[str, Tensor]] = []

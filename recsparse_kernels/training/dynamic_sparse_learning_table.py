@@ -88,21 +88,35 @@ class Moving:
     fresh: Callable[[Tensor], Tensor] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Decision:
-    """What leaves, by position in ``values``, and what comes, by position in the dense table."""
+    """What leaves and what comes.
 
-    drop: Selection
+    Args:
+        left: mask bits without what is dropped, ``[V, ceil(D/8)]``; `change_mask` makes the new mask of them.
+        grow: what is regrown, by position in the dense table.
+        dropped: how many leave.
+    """
+
+    left: Tensor
     grow: Selection
+    dropped: int
 
-    def block(self, packed: PackedRows, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor, slice]:
-        """Kept, dropped and regrown elements of a block of rows, bool ``[rows, D]``, and its values."""
+    def block(self, packed: PackedRows, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Of rows ``begin:end``: what is left, and what is regrown, bool ``[rows, D]``."""
+        left = _bits(self.left[begin:end], packed.dim)
+        return left, self.grow.mask(0, begin * packed.dim, end * packed.dim).view(left.shape)
+
+
+def without(packed: PackedRows, drop: Selection) -> Tensor:
+    """Mask bits after dropping a selection of ``values``."""
+    like = packed.layer.values
+    left = torch.empty(packed.num_rows, (packed.dim + 7) // 8, dtype=torch.uint8, device=like.device)
+    for begin, end in packed.blocks():
         kept = packed.bits(begin, end)
-        where = slice(packed.start(begin), packed.start(end))
-        dropped = torch.zeros_like(kept)
-        dropped[kept] = self.drop.mask(0, where.start, where.stop)
-        grown = self.grow.mask(0, begin * packed.dim, end * packed.dim).view(kept.shape)
-        return kept, dropped, grown, where
+        kept[kept.clone()] = ~drop.mask(0, packed.start(begin), packed.start(end))
+        left[begin:end] = pack_bits(kept)
+    return left
 
 
 def change_mask(
@@ -114,14 +128,14 @@ def change_mask(
         gradient: of the rows asked for, ``[n, D]``; only for `Moving.fresh`.
     """
     layer, blocks = packed.layer, packed.blocks()
-    mask_bytes = (packed.dim + 7) // 8
-    new_bits = torch.empty(packed.num_rows, mask_bytes, dtype=torch.uint8, device=layer.values.device)
+    new_bits = decision.left
     flat = [move.tensor.view(-1) for move in moving]
     ends, returned, end_of_left = [], 0, 0
     for begin, end in blocks:  # squeeze: writes stay behind what is read
-        kept, dropped, grown, where = decision.block(packed, begin, end)
-        new_bits[begin:end] = pack_bits((kept & ~dropped) | grown)
-        stays, came_back = (~dropped | grown)[kept], (dropped & grown)[kept]
+        kept, (left, grown) = packed.bits(begin, end), decision.block(packed, begin, end)
+        where = slice(packed.start(begin), packed.start(end))
+        new_bits[begin:end] = pack_bits(left | grown)
+        stays, came_back = (left | grown)[kept], (~left & grown)[kept]
         returned += int(came_back.sum())
         count = int(stays.sum())
         for move, tensor in zip(moving, flat, strict=True):
