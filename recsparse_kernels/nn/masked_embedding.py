@@ -37,6 +37,7 @@ from ..ops.masked_embedding_table import (
     mask_bits,
     random_mask_bits,
     resolve_layout,
+    row_counts,
     row_magnitude_mask,
     unpack_bits,
 )
@@ -204,7 +205,8 @@ class _MaskedBase(PackedModule):
         Args:
             density: keep exactly ``round(density * V * D)`` elements, the largest magnitudes of the table
                 (layout fixed_k: ``round(density * D)`` of each row).
-            mask: bool ``[V, D]``, what to keep; not together with ``density``. With neither, a mask of
+            mask: bool ``[V, D]``, or mask bits ``[V, ceil(D/8)]`` uint8: what to keep; not together with
+                ``density``. With neither, a mask of
                 ``torch.nn.utils.prune`` if the module has one, else what is not 0.
             layout: see `recsparse_kernels.ops.masked_embedding_pack`.
 
@@ -224,11 +226,13 @@ class _MaskedBase(PackedModule):
         elif mask is None:
             mask = getattr(module, "weight_mask", weight) != 0
         else:
-            check_mask(mask, *weight.shape)
+            if mask.dtype != torch.uint8:
+                check_mask(mask, *weight.shape)
             mask = mask.to(weight.device)
+        kept = int((row_counts(mask) if mask.dtype == torch.uint8 else mask).sum())
         own = cls(
             *weight.shape, **cls._options_of(module), device=weight.device, dtype=weight.dtype,
-            _weight=weight, _mask=mask, density=float(mask.sum()) / max(1, mask.numel()), layout=layout,
+            _weight=weight, _mask=mask, density=min(1.0, kept / max(1, weight.numel())), layout=layout,
         )  # fmt: skip
         own.prunes_by = density
         copy_requires_grad(own, module)
@@ -343,6 +347,44 @@ class _MaskedBase(PackedModule):
         for state, key, moment in moved:
             state[key] = moment
         self._take(new)
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor, mask: Tensor) -> bool:
+        """Take new values and a new mask from a dense weight, in place; no dense copy is made.
+
+        Args:
+            weight: ``[V, D]``.
+            mask: bool ``[V, D]`` or mask bits ``[V, ceil(D/8)]`` uint8.
+
+        Returns:
+            True where every tensor kept its memory: as many elements are kept as before. The Parameter
+            is the same object either way.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes; nothing has changed.
+        """
+        if self.frozen:
+            raise RuntimeError("a frozen layer keeps its mask: call unfreeze() first")
+        if tuple(weight.shape) != self.table.sizes:
+            raise ValueError(f"weight must have shape {self.table.sizes}; got {tuple(weight.shape)}")
+        return self.put(masked_embedding_pack(weight.detach(), mask, layout=self.layout))
+
+    @torch.no_grad()
+    def put(self, table: MaskedTable) -> bool:
+        """Hold the values and the mask of another table of the same size and layout; see `refresh`."""
+        old = self.table
+        if table.sizes != old.sizes or table.layout != old.layout:
+            raise ValueError(
+                f"table must be {old.layout} of sizes {old.sizes}; got {table.layout} {table.sizes}"
+            )
+        pairs = [(old.values, table.values), *zip(old.index, table.index, strict=True)]
+        pairs = [(own, new) for own, new in pairs if own is not None]
+        if any(own.shape != new.shape for own, new in pairs):
+            self._take(table._replace(values=table.values.to(old.values)))
+            return False
+        for own, new in pairs:
+            own.copy_(new)
+        return True
 
     # ---- the optimizer inside backward ----
 

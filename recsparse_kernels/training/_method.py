@@ -64,7 +64,7 @@ class TrainingMethod:
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be an int of at least 0; got {steps!r}")
         own, given = self._plan(), state_dict["plan"]
-        for key in {*own, *given}:
+        for key in sorted({*own, *given}):
             if own.get(key) != given.get(key):
                 raise ValueError(
                     f"state_dict was saved with another {key}: {given.get(key)!r}; this {name} has "

@@ -1,6 +1,5 @@
 """Dynamic Sparse Learning on two ranks: both decide the same, from both ranks' gradients."""
 
-import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -8,7 +7,7 @@ from recsparse_kernels.nn import MaskedEmbedding
 from recsparse_kernels.training import DynamicSparseLearning
 from recsparse_kernels.training.schedules import constant
 
-from .ranks import run
+from .ranks import on_two_ranks
 
 V, D = 90, 12
 
@@ -42,13 +41,8 @@ def train(rank, score, ranks=2):
     return model.table.mask.numpy(), model.table.values.detach().numpy()
 
 
-@pytest.mark.parametrize("score", ["last", "accumulate", "ema"])
-def test_ranks_decide_the_same_and_as_one_would(score):
-    (mask, values), (other_mask, other_values) = run(train, score)
-    assert (mask == other_mask).all() and (values == other_values).all()
-    alone, alone_values = train(0, score, ranks=1)
-    assert (mask == alone).mean() > 0.99  # the order of sums differs
-    assert abs(values.sum() - alone_values.sum()) < 0.05 * abs(alone_values).sum()
+def train_all(rank):
+    return {score: train(rank, score) for score in ("last", "accumulate", "ema")}
 
 
 def disagree(rank):
@@ -66,6 +60,17 @@ def disagree(rank):
     return "no error", True, 1
 
 
-def test_ranks_with_different_weights_are_found():
-    for text, same, steps in run(disagree):
+def both(rank):
+    return train_all(rank), disagree(rank)
+
+
+def test_ranks_decide_the_same_and_as_one_would(tmp_path):
+    """One pair of processes for all cases: starting them takes longer than the training."""
+    (first, first_text), (second, second_text) = on_two_ranks(both, tmp_path)
+    for score, (mask, values) in first.items():
+        assert (mask == second[score][0]).all() and (values == second[score][1]).all()
+        alone, alone_values = train(0, score, ranks=1)
+        assert (mask == alone).mean() > 0.99  # the order of sums differs
+        assert abs(values.sum() - alone_values.sum()) < 0.05 * abs(alone_values).sum()
+    for text, same, steps in (first_text, second_text):
         assert "no longer equal" in text and same and steps == 0
