@@ -12,3 +12,5 @@ from .feature_mimicking_fields import FieldEmbeddings
 from .growth_pruning import AlternateGrowthPruning, PhaseChange, alternating
 from .growth_pruning_units import HiddenUnits, find_hidden_units
 from .selection import ScoreStream, Selection, select_largest
+from .topology_update import TopologyUpdate, share_inputs
+from .topology_update_clusters import ClusterObjective, cluster_labels
