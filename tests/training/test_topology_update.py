@@ -324,7 +324,9 @@ def on_rank(rank):
             wrapped(x, positives(seed=10 * step + rank)).backward()
             optimizer.step()
             method.step()
-        results.append((net.head.sparse.indices.numpy(), net.head.sparse.packed_weight.detach().numpy()))
+        results.append(
+            [t.detach().clone().numpy() for t in (net.head.sparse.indices, net.head.sparse.packed_weight)]
+        )
     with torch.no_grad():
         net.head.sparse.packed_weight[0, 0] += rank
     method = TopologyUpdate(net, update_every=1, end_step=2, drop_fraction=0.3)
