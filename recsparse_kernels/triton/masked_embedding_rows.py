@@ -98,7 +98,7 @@ def _mask_and_start(
         mask_elements = (mask_bytes + SIZE - 1) // SIZE
         if LAYOUT == RECORDS:
             low = tl.load(starts_ptr + row, mask=valid, other=0) & 0x7FFFFFFF  # the top bit: two lines
-            record = tl.load(bases_ptr + (row >> 16), mask=valid, other=0) + low
+            record = tl.load(bases_ptr + (row >> BASE_SHIFT), mask=valid, other=0) + low
         else:
             record = row * K
         valid = valid & (record >= 0) & (record <= nnz - mask_elements)
