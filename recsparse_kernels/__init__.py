@@ -1,6 +1,6 @@
 """Sparse and low-rank layers for recommender and extreme-classification models in PyTorch."""
 
-from . import nn, ops
+from . import nn, ops, training
 from .adapters import register_adapter
 from .advise import advise
 from .config import (
@@ -36,6 +36,7 @@ __all__ = [
     "set_huge_pages",
     "show_config",
     "swap_modules",
+    "training",
     "tune",
     "unswap_modules",
     "use_huge_pages",

@@ -155,8 +155,9 @@ struct MaskedPackKernels {
 };
 RS_KERNEL_TABLE(MaskedPackKernels, masked_pack_kernels)
 
-// x [B, D] against the whole table. inputs_t [D, P] float32 is x transposed, P = B padded to a
-// multiple of kMatmulPanel columns, or for small B to 16 or 32; the padding is 0.
+// x [B, D] against the whole table. inputs_t [P / panel, D, panel] float32 is x in panels of batch
+// rows, each transposed. P = B padded to a multiple of kMatmulPanel, or for small B to 16 or 32,
+// and the panel is the smaller of the two; the padding is 0.
 constexpr int64_t kMatmulPanel = 64;  // 4 registers of 16 floats: enough to hide the FMA latency
 inline int64_t matmul_padded(int64_t batch) {
   if (batch <= kMatmulPanel / 2)
@@ -167,13 +168,13 @@ template <class T>
 struct MaskedMatmulKernels {
   // inputs_t from x
   void (*transpose)(const T* input, int64_t batch, int64_t dim, int64_t padded, float* inputs_t);
-  // grad [B, D] = the sum of `pieces` matrices [D, P], transposed
+  // grad [B, D] = the sum of `pieces` matrices laid out like inputs_t
   void (*sum_transposed)(const float* sums, int64_t pieces, int64_t batch, int64_t dim,
                          int64_t padded, T* grad);
   // output[b, i] = <x[b], row i> for rows begin..end
   bool (*forward)(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, int64_t padded,
                   int64_t begin, int64_t end, T* output);
-  // grad_inputs_t [D, P] += sum over rows begin..end of row i times grad_output[:, i]
+  // grad_inputs_t += sum over rows begin..end of row i times grad_output[:, i]; as inputs_t
   bool (*grad_input)(const MaskedTable<T>& table, const T* grad_output, int64_t batch,
                      int64_t padded, int64_t begin, int64_t end, float* grad_inputs_t);
   // value (i, d) = sum_b grad_output[b, i] x[b, d]
