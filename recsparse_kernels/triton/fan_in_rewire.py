@@ -22,13 +22,12 @@ from ._device import device_function
 from ._launch import checked_indices, launch, launcher
 from ._precision import cast
 from .fan_in_cases import layers
-from .fan_in_random import halves, hash64, hashed, whole
+from .fan_in_random import GOLDEN, ROUND, halves, hash64, hashed, whole
 
 BINS = 256
 SELECT_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 ROW_CONFIG = dict(BLOCK=64, num_warps=4, num_stages=1)  # two positions of a row against each other
 RESET_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
-WAITING = tl.constexpr(-1)  # in indices, while no input is found
 
 
 @device_function
@@ -54,7 +53,7 @@ def _score_bits(weight_ptr, position, live, O, F, G, ONE: tl.constexpr):
 def _keys(weight_ptr, position, live, key, O, F, G, ONE: tl.constexpr):
     """int64: score, then a random tie."""
     bits = _score_bits(weight_ptr, position, live, O, F, G, ONE)
-    tie = hashed(key - position.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 32
+    tie = hashed(key - position.to(tl.uint64) * GOLDEN) >> 32
     return (bits.to(tl.int64) << 32) | tie.to(tl.int64)
 
 
@@ -163,7 +162,7 @@ def _drop_of_row_kernel(
 @device_function
 def _draw(key, position, attempt, I):
     """int32, uniform in [0, I)."""
-    bits = hashed(key + position.to(tl.uint64) * 0x9E3779B97F4A7C15 + attempt * 0xD1B54A32D192ED03) >> 32
+    bits = hashed(key + position.to(tl.uint64) * GOLDEN + attempt * ROUND) >> 32
     return ((bits * I) >> 32).to(tl.int32)
 
 
@@ -190,7 +189,7 @@ def _regrow_kernel(
     I, F,
     ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # one program: a row. Its indices are the working state, WAITING where none is found yet, BLOCK at a
+    # one program: a row. Its indices are the working state, -1 where none is found yet, BLOCK at a
     # time; the barriers keep a block's reads before its writes, and those before the next block's reads.
     key = whole(key_low, key_high)
     first = tl.program_id(0).to(tl.int64) * F
@@ -259,7 +258,7 @@ def _reset_kernel(
     dropped = tl.load(dropped_ptr + label // G * F + element % F, mask=label < O, other=0) != 0
     value = tl.zeros((BLOCK,), dtype=tl.float32)
     if RANDOM:
-        bits = hashed(~whole(key_low, key_high) + element.to(tl.uint64) * 0x9E3779B97F4A7C15) >> 40
+        bits = hashed(~whole(key_low, key_high) + element.to(tl.uint64) * GOLDEN) >> 40
         value = (2.0 * (bits.to(tl.float32) * (2.0**-24)) - 1.0) * scale
     tl.store(values_ptr + element, cast(value, values_ptr.dtype.element_ty), mask=dropped)
 
