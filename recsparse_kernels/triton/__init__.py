@@ -30,6 +30,10 @@ DEVICE_TYPES: tuple[str, ...] = ()
 if not REASON:
     from . import (  # noqa: F401  (register their launchers)
         _launch,
+        fan_in,
+        fan_in_loss,
+        fan_in_rewire,
+        fan_in_topk,
         low_rank,
         low_rank_embedding,
         low_rank_fields,

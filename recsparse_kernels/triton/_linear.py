@@ -40,8 +40,8 @@ LINEAR_CONFIGS = {
 WEIGHT_GRAD_CONFIGS = {
     "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
     "rank 128": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
-    "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=32, num_warps=4, num_stages=2),
-    "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=8, num_stages=2),
+    "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
+    "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
 }
 WEIGHT_GRAD_RANK = 128  # columns of q that a program of the weight gradient takes, at most
 

@@ -17,7 +17,7 @@ from ._precision import cast
 
 CHUNK = 32
 CONFIGS = {"pieces": dict(BLOCK_P=16, num_warps=2), "join": dict(BLOCK_C=16, num_warps=2)}
-MAX_COLUMNS = 128  # columns that a program sums
+MAX_COLUMNS = 64  # columns that a program sums
 
 
 @triton.jit

@@ -31,7 +31,11 @@ CONFIGS = {
     "bags": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=2),
     "single lookups": dict(BLOCK_B=64, BLOCK_D=64, UNROLL=1, num_warps=4),
     "bags, rank 128": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=4),
-    "single lookups, rank 128": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=4),
+    "single lookups, rank 128": dict(BLOCK_B=32, BLOCK_D=64, UNROLL=1, num_warps=4),
+    "bags, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=2),
+    "single lookups, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=4),
+    "bags, rank 128, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=4),
+    "single lookups, rank 128, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=8),
 }
 MAX_CONFIG = dict(BLOCK_L=16, BLOCK_D=64, num_warps=4)
 MAX_GRAD_CONFIG = dict(BLOCK_D=16, UNROLL=4, num_warps=4)
@@ -111,8 +115,8 @@ def _bag_kernel(
         pooled = pooled / count[:, None]
     narrow = cast(pooled, table_ptr.dtype.element_ty)
     if pooled_ptr is not None:
-        mask = b_inside[:, None] & r_inside[None, :]
-        tl.store(pooled_ptr + b[:, None] * R + r[None, :], narrow, mask=mask)
+        pooled_mask = b_inside[:, None] & r_inside[None, :]
+        tl.store(pooled_ptr + b[:, None] * R + r[None, :], narrow, mask=pooled_mask)
     if output_ptr is not None:
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
@@ -232,6 +236,7 @@ def _max_kernel(
     N,
     padding_idx,
     BLOCK_R: tl.constexpr,
+    BLOCKS_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -244,21 +249,28 @@ def _max_kernel(
     best = tl.full((BLOCK_D,), float("-inf"), dtype=tl.float32)
     winner = tl.full((BLOCK_D,), -1, dtype=tl.int64)
     nan = tl.zeros((BLOCK_D,), dtype=tl.int32)
+    r = tl.arange(0, BLOCK_R)
+    up = tl.load(
+        up_ptr + d[None, :].to(tl.int64) * R + r[:, None],
+        mask=d_inside[None, :] & (r < R)[:, None],
+        other=0.0,
+    )
     for at0 in range(start, end, BLOCK_L):
         at = at0 + tl.arange(0, BLOCK_L)
         index = tl.load(indices_ptr + at, mask=at < end, other=-1).to(tl.int64)
         kept = (at < end) & (index != padding_idx) & (index >= 0) & (index < V)
         rows = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
-        for r0 in range(0, R, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
+        for block in tl.static_range(BLOCKS_R):
+            r = block * BLOCK_R + tl.arange(0, BLOCK_R)
             low = tl.load(
                 table_ptr + index[:, None] * R + r[None, :], mask=kept[:, None] & (r < R)[None, :], other=0.0
             )
-            up = tl.load(
-                up_ptr + d[None, :].to(tl.int64) * R + r[:, None],
-                mask=d_inside[None, :] & (r < R)[:, None],
-                other=0.0,
-            )
+            if BLOCKS_R > 1:  # one block is held all along
+                up = tl.load(
+                    up_ptr + d[None, :].to(tl.int64) * R + r[:, None],
+                    mask=d_inside[None, :] & (r < R)[:, None],
+                    other=0.0,
+                )
             rows = dot(low, up, rows)
         is_nan = (rows != rows) & kept[:, None]
         nan = tl.maximum(nan, tl.max(is_nan.to(tl.int32), axis=0))
@@ -399,7 +411,7 @@ def low_rank_embedding_bag(
     output = table.new_empty(B, D)
     pooled = table.new_empty(B if keep_pooled or not fused else 0, R)
     name = ("single lookups" if starts is None else "bags") + ", rank 128" * (R > 64)
-    config = CONFIGS[name]
+    config = CONFIGS[name + ", float32" * (table.element_size() == 4)]
     block_r = _block_r(R)
     launch(
         _bag_kernel,
@@ -497,7 +509,9 @@ def low_rank_embedding_bag_max(
     winner = torch.empty((B, D), dtype=torch.int64, device=table.device)
     grid = (B, triton.cdiv(D, MAX_CONFIG["BLOCK_D"]))
     args = (table, up, mean, indices, starts, output, winner, V, R, D, N, padding_idx)
-    launch(_max_kernel, grid, *args, BLOCK_R=_block_r(R), **MAX_CONFIG)
+    block_r = _block_r(R)
+    blocks = max(1, triton.cdiv(R, block_r))
+    launch(_max_kernel, grid, *args, BLOCK_R=block_r, BLOCKS_R=blocks, **MAX_CONFIG)
     return output, winner
 
 

@@ -97,7 +97,8 @@ def _mask_and_start(
     else:  # records: the mask's elements, then the values
         mask_elements = (mask_bytes + SIZE - 1) // SIZE
         if LAYOUT == RECORDS:
-            record = _start_at(bases_ptr, starts_ptr, row, valid)
+            low = tl.load(starts_ptr + row, mask=valid, other=0) & 0x7FFFFFFF  # the top bit: two lines
+            record = tl.load(bases_ptr + (row >> 16), mask=valid, other=0) + low
         else:
             record = row * K
         valid = valid & (record >= 0) & (record <= nnz - mask_elements)

@@ -21,7 +21,7 @@ from ._launch import launch, launcher
 CONFIGS = {
     "mask": dict(BLOCK=256, num_warps=4),  # groups a program
     "transposable mask": dict(BLOCK=128, num_warps=4),  # tiles a program
-    "pack": dict(BLOCK=256, num_warps=4),  # bytes of metadata a program
+    "pack": dict(BLOCK=128, num_warps=4),  # bytes of metadata a program
 }
 
 
@@ -125,6 +125,14 @@ def _tile_row(weight_ptr, row, tile_column, O, I, inside, BLOCK: tl.constexpr):
 
 
 @device_function
+def _score(pairs0, pairs1, pairs2, pairs3, PATTERN: tl.constexpr):
+    """What a pattern (four pairs, 3 bits each) keeps of the tiles."""
+    above = pairs0[PATTERN & 7] + pairs1[(PATTERN >> 3) & 7]
+    below = pairs2[(PATTERN >> 6) & 7] + pairs3[PATTERN >> 9]
+    return above + below
+
+
+@device_function
 def _store_tile_row(mask_ptr, pair, row, tile_column, O, I, inside, BLOCK: tl.constexpr):
     """The two columns of ``pair`` [BLOCK, 1]: 01 02 03 12 13 23."""
     column = tl.arange(0, 4)[None, :]
@@ -157,13 +165,10 @@ def _transposable_mask_kernel(
     best = tl.full((BLOCK, 1), -1.0, dtype=tl.float64)
     chosen = tl.zeros((BLOCK, 1), dtype=tl.int32)
     for n in tl.static_range(90):
-        pattern: tl.constexpr = (PATTERNS >> (12 * n)) & 0xFFF
-        score = (pairs0[pattern & 7] + pairs1[(pattern >> 3) & 7]) + (
-            pairs2[(pattern >> 6) & 7] + pairs3[pattern >> 9]
-        )
+        score = _score(pairs0, pairs1, pairs2, pairs3, (PATTERNS >> (12 * n)) & 0xFFF)
         better = score > best
         best = tl.where(better, score, best)
-        chosen = tl.where(better, pattern, chosen)
+        chosen = tl.where(better, (PATTERNS >> (12 * n)) & 0xFFF, chosen)
     _store_tile_row(mask_ptr, chosen & 7, row, column, O, I, inside, BLOCK)
     _store_tile_row(mask_ptr, (chosen >> 3) & 7, row + 1, column, O, I, inside, BLOCK)
     _store_tile_row(mask_ptr, (chosen >> 6) & 7, row + 2, column, O, I, inside, BLOCK)
@@ -336,7 +341,8 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for O, I in ((4096, 4096), (367, 479)):
             weight = torch.empty((O, I), dtype=dtype, device="meta")
             mask = torch.empty((O, I), dtype=torch.bool, device="meta")
-            values, metadata = sparse24_compress(weight, mask)
+            values = torch.empty((O, padded(I) // 2), dtype=dtype, device="meta")
+            metadata = torch.empty((O, padded(I) // 8), dtype=torch.uint8, device="meta")
             label = f"{O} x {I}, {str(dtype).removeprefix('torch.')}"
             yield f"mask, {label}", partial(sparse24_mask, weight, False)
             yield f"transposable mask, {label}", partial(sparse24_mask, weight, True)
