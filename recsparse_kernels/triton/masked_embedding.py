@@ -106,8 +106,8 @@ def _bag_kernel(
     begin, end = bag_range(offsets_ptr, first_bag + lane // BLOCK_L, bags, entries, N, L)
     total = tl.zeros((BLOCK_B * BLOCK_L, BLOCK_D), tl.float32)
     count = tl.zeros((BLOCK_B * BLOCK_L,), tl.int32)
-    for at in range(0, tl.max(end - begin, 0), BLOCK_L):
-        place = begin + at + lane % BLOCK_L
+    place = begin + lane % BLOCK_L
+    for _ in range(0, (tl.max(end - begin, 0) + (BLOCK_L - 1)) // BLOCK_L):
         index = tl.load(indices_ptr + place, mask=place < end, other=0).to(tl.int64)
         counted = (place < end) & (index != padding_idx)
         valid = counted & (index >= 0) & (index < V)
@@ -119,6 +119,7 @@ def _bag_kernel(
             tile *= tl.load(weights_ptr + place, mask=counted, other=0.0)[:, None]
         total += tile
         count += counted.to(tl.int32)
+        place += BLOCK_L
     if BLOCK_L > 1:
         total = tl.sum(tl.reshape(total, (BLOCK_B, BLOCK_L, BLOCK_D)), 1)
         count = tl.sum(tl.reshape(count, (BLOCK_B, BLOCK_L)), 1)

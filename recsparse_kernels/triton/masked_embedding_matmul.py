@@ -23,6 +23,7 @@ from .masked_embedding_rows import locate, read_rows, table_of
 # warps: expanding it takes positions beside values, and 4 warps spill.
 CONFIGS = {
     "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=8, num_stages=2),
+    "large_batch_fp32": dict(BLOCK_B=32, BLOCK_V=64, num_warps=8, num_stages=2),
     "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=8, num_stages=2),
 }
 MAX_DOT_COLUMNS = 64
@@ -30,8 +31,10 @@ ROWS_OF_PART = 1024  # rows of the table that one program sums over, at least
 MAX_PARTS = 256
 
 
-def dot_config(batch: int) -> dict:
-    return CONFIGS["small_batch" if batch <= 16 else "large_batch"]
+def dot_config(batch: int, dtype: torch.dtype) -> dict:
+    if batch <= 16:
+        return CONFIGS["small_batch"]
+    return CONFIGS["large_batch_fp32" if dtype == torch.float32 else "large_batch"]
 
 
 @triton.jit
@@ -139,7 +142,7 @@ def masked_embedding_matmul_t(
 ) -> Tensor:
     values = values.contiguous()
     table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(input.shape[0])
+    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(input.shape[0], input.dtype)
     output = input.new_empty((input.shape[0], num_embeddings))
     launch(
         _matmul_t_kernel, (cdiv(num_embeddings, config["BLOCK_V"]), cdiv(input.shape[0], config["BLOCK_B"])),
@@ -163,7 +166,7 @@ def masked_embedding_matmul_t_grad_input(
     values = values.contiguous()
     table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
     batch = grad_output.shape[0]
-    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(batch)
+    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(batch, grad_output.dtype)
     if num_embeddings == 0:
         return grad_output.new_zeros((batch, embedding_dim))
     # As many parts as fill a GPU, and no more than keep their sums smaller than grad_output.
@@ -194,7 +197,7 @@ def masked_embedding_matmul_t_grad_values(
     embedding_dim: int,
 ) -> Tensor:
     table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(input.shape[0])
+    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(input.shape[0], input.dtype)
     output = values.new_empty(values.shape)
     launch(
         _matmul_t_grad_values_kernel,
