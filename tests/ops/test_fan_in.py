@@ -106,6 +106,15 @@ def test_linear_and_gradients(shape, dtype, backend):
     )
 
 
+@native_only
+@pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("batch, dtype", [(17, torch.float32), (33, torch.bfloat16)], ids=str)
+def test_output_too_large_for_the_cache(batch, dtype, index_dtype, cpu_level):
+    """From 8 MiB on outputs are written in another way; odd sizes, so that no two rows are aligned alike."""
+    case = make_case(batch, 9, 131_231, 5, dtype=dtype, index_dtype=index_dtype)
+    check("output", fan_in_ops.LINEAR, lambda c: (*c.layer, 1), "native", case, batch, dtype, index_dtype)
+
+
 @every_case("fan_in_loss")
 @pytest.mark.parametrize("kind", [0, 1], ids=KINDS)
 def test_loss_and_gradients(shape, dtype, kind, backend):
