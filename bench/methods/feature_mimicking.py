@@ -23,7 +23,8 @@ FINETUNE = (Rates(0.005, 5e-5), Rates(0.02, 2e-4), Rates(0.03, 5e-4))
 VARIANTS = {
     "dense": None,
     "mimic": {},
-    "mimic, relu between": {"mid_activation": "relu"},
+    # as the paper: in the hidden layers of the tower, whose own activation is ReLU, not in the first
+    "mimic, relu in the tower": {"mid_activation": "relu"},
     "svd": {"factors": "svd"},
 }
 BATCHES = (1, 256, 4096)
@@ -125,7 +126,11 @@ def compressed(model, log, data, variant: str, budget: float):
             for rows in torch.arange(log.train.start, log.train.stop).split(2048):
                 model(data.numeric[rows], data.ids[rows])
                 method.step()
-    return method.compress(budget=budget, **VARIANTS[variant])
+    options = dict(VARIANTS[variant])
+    if "mid_activation" in options:
+        hidden = [name for name in method.layers if name.startswith(("tower.", "top.")) and name != "top.0"]
+        options["mid_activation"] = dict.fromkeys(hidden, options["mid_activation"])
+    return method.compress(budget=budget, **options)
 
 
 def _compress(run, model, log, data, config) -> dict:
