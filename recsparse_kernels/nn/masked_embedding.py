@@ -1,5 +1,6 @@
 """Embedding layers whose table is pruned element by element and stores only what is kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class _MaskedBase(PackedModule):
     """What `MaskedEmbedding` and `MaskedEmbeddingBag` share: the table and all that happens to it."""
 
     lookup_names = ("values", "rows", "starts", "columns", "records", "record_starts")
+
+    # Called with each output that needs a gradient, the name of its op and the op's inputs: a training
+    # method that scores elements which are not stored looks at the output's gradient through it.
+    tap: Callable[..., None] | None = None
 
     def _init_table(
         self, num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
@@ -405,15 +410,20 @@ class _MaskedBase(PackedModule):
 
     def all_rows(self) -> Tensor:
         """All rows as a dense ``[V, D]``, for one use; the gradient that comes back is packed."""
-        return self.dense_weight()
+        return self._watched(self.dense_weight(), "all_rows")
 
     def matmul_t(self, input: Tensor) -> Tensor:
         """``input [..., D] @ weight.T``, scores against the whole table, without a dense copy."""
-        return masked_embedding_matmul_t(input, self.table)
+        return self._watched(masked_embedding_matmul_t(input, self.table), "matmul_t", input)
 
     def propagate(self, adjacency: Tensor) -> Tensor:
         """``adjacency [M, V] @ weight`` for a sparse CSR matrix, without a dense copy."""
-        return masked_embedding_propagate(adjacency, self.table)
+        return self._watched(masked_embedding_propagate(adjacency, self.table), "propagate", adjacency)
+
+    def _watched(self, output: Tensor, op: str, *inputs) -> Tensor:
+        if self.tap is not None and output.requires_grad:
+            self.tap(output, op, *inputs)
+        return output
 
     # ---- state ----
 
@@ -581,10 +591,11 @@ class MaskedEmbedding(_MaskedBase):
     def forward(self, input: Tensor) -> Tensor:
         if self.frozen:
             return masked_embedding_frozen(input, self._records)
-        return masked_embedding(
+        output = masked_embedding(
             input, self.table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
             self.sparse, fused=self.fused,
         )  # fmt: skip
+        return self._watched(output, "lookup", input)
 
 
 class MaskedEmbeddingBag(_MaskedBase):
@@ -663,10 +674,11 @@ class MaskedEmbeddingBag(_MaskedBase):
                 input, self._records, offsets, self.mode, per_sample_weights, self.include_last_offset,
                 self.padding_idx,
             )  # fmt: skip
-        return masked_embedding_bag(
+        output = masked_embedding_bag(
             input, self.table, offsets, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.mode,
             self.sparse, per_sample_weights, self.include_last_offset, self.padding_idx, fused=self.fused,
         )  # fmt: skip
+        return self._watched(output, "bag", input, offsets, per_sample_weights)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"
