@@ -19,7 +19,7 @@ from .session import spread
 
 HELP = "closed-form low-rank factors from feature statistics (arXiv 2405.18146)"
 RATES = (Rates(0.03, 5e-4), Rates(0.05, 1e-3), Rates(0.05, 2e-3))
-FINETUNE = (Rates(0.005, 5e-5), Rates(0.02, 2e-4), Rates(0.03, 5e-4))
+FINETUNE = (Rates(0.005, 5e-5), Rates(0.02, 2e-4), Rates(0.03, 5e-4), Rates(0.01, 1e-3))
 VARIANTS = {
     "dense": None,
     "mimic": {},
@@ -72,7 +72,8 @@ def _one_model(args, session, name, log, data, kind) -> None:
 
         for variant in VARIANTS:
             for budget in [1.0] if variant == "dense" else args.budgets:
-                config = {**common, "variant": variant, "budget": budget, "rate": rate, "seed": seed}
+                config = {**common, "variant": variant, "budget": budget, "rate": rate, "seed": seed,
+                          "finetune": [rates.rest for rates in FINETUNE]}  # fmt: skip
                 line = session.run(
                     config, len(FINETUNE), lambda run: _compress(run, dense(), log, data, run.config)
                 )
