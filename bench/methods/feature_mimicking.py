@@ -19,11 +19,12 @@ from .session import spread
 
 HELP = "closed-form low-rank factors from feature statistics (arXiv 2405.18146)"
 RATES = (Rates(0.03, 5e-4), Rates(0.05, 1e-3), Rates(0.05, 2e-3))
-FINETUNE = (Rates(0.005, 5e-5), Rates(0.02, 2e-4), Rates(0.03, 5e-4))
+FINETUNE = (Rates(0.005, 5e-5), Rates(0.02, 2e-4), Rates(0.03, 5e-4), Rates(0.01, 1e-3))
 VARIANTS = {
     "dense": None,
     "mimic": {},
-    "mimic, relu between": {"mid_activation": "relu"},
+    # as the paper: in the hidden layers of the tower, whose own activation is ReLU, not in the first
+    "mimic, relu in the tower": {"mid_activation": "relu"},
     "svd": {"factors": "svd"},
 }
 BATCHES = (1, 256, 4096)
@@ -71,7 +72,8 @@ def _one_model(args, session, name, log, data, kind) -> None:
 
         for variant in VARIANTS:
             for budget in [1.0] if variant == "dense" else args.budgets:
-                config = {**common, "variant": variant, "budget": budget, "rate": rate, "seed": seed}
+                config = {**common, "variant": variant, "budget": budget, "rate": rate, "seed": seed,
+                          "finetune": [rates.rest for rates in FINETUNE]}  # fmt: skip
                 line = session.run(
                     config, len(FINETUNE), lambda run: _compress(run, dense(), log, data, run.config)
                 )
@@ -125,7 +127,11 @@ def compressed(model, log, data, variant: str, budget: float):
             for rows in torch.arange(log.train.start, log.train.stop).split(2048):
                 model(data.numeric[rows], data.ids[rows])
                 method.step()
-    return method.compress(budget=budget, **VARIANTS[variant])
+    options = dict(VARIANTS[variant])
+    if "mid_activation" in options:
+        hidden = [name for name in method.layers if name.startswith(("tower.", "top.")) and name != "top.0"]
+        options["mid_activation"] = dict.fromkeys(hidden, options["mid_activation"])
+    return method.compress(budget=budget, **options)
 
 
 def _compress(run, model, log, data, config) -> dict:

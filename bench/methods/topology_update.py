@@ -23,7 +23,7 @@ from recsparse_kernels.demo.data import LabelData, LabelSplit, Ragged
 from recsparse_kernels.demo.data import load as load_data
 from recsparse_kernels.demo.measure import parameter_bytes
 from recsparse_kernels.demo.metrics import label_metrics
-from recsparse_kernels.demo.models import HIDDEN, LabelModel
+from recsparse_kernels.demo.models import HIDDEN, LabelModel, set_prior
 from recsparse_kernels.demo.train import hide_half, recommend
 from recsparse_kernels.nn import FanInHead, label_order
 from recsparse_kernels.training import ClusterObjective, TopologyUpdate, cluster_labels
@@ -36,6 +36,7 @@ HELP = "fixed fan-in output layers with rewiring: P@k, memory and step time"
 REWIRED_SHARE = 0.66  # of training, as the paper
 SIZES = (131_073, 670_091, 2_812_281, 8_623_847)
 DENSE_LIMIT_BYTES = 9 * 2**30  # weights, gradients, moments of a dense layer that is tried at all
+LAST_RATE = 0.05  # of the first: learning rates fall along a cosine, in all heads
 EMBEDDING = 64  # of labels, for clusters and groups: projected features of their positives
 
 
@@ -66,6 +67,7 @@ HEADS = {
     "SET 32, dense 100": Head(32, "fraction", dense_labels=100),
     "SET 32, intermediate 1024": Head(32, "fraction", intermediate=1024),
     "RigL 32, dense 100": Head(32, "gradient", dense_labels=100),
+    "RigL 64, dense 100": Head(64, "gradient", dense_labels=100),
     "SET 64, groups of 16": Head(64, "fraction", group_size=16),
     "SET 32, bfloat16": Head(32, "fraction", dtype="bfloat16"),
 }
@@ -77,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", help=f"rows, separated by semicolons, of {'; '.join(HEADS)}")
     parser.add_argument("--epochs", type=int, help="default: 25 on delicious, 6 on gowalla")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--head-lr", type=float, default=3e-3, help="Adam, of fixed fan-in weights")
     parser.add_argument("--updates", type=int, default=16, help="of the topology")
+    parser.add_argument("--evaluations", type=int, default=5, help="over a run")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of generated labels")
     parser.add_argument("--scale-batch", type=int, default=32)
     parser.add_argument("--scale-steps", type=int, default=2)
@@ -106,7 +110,8 @@ def labelled(args: argparse.Namespace, session: Session, part: str, folder: Path
         for seed in args.seeds:
             config = {
                 "data": part, "head": name, "seed": seed, "batch": args.batch, "epochs": epochs,
-                "updates": args.updates,
+                "updates": args.updates, "head_lr": args.head_lr,
+                "evaluations": args.evaluations,
             }  # fmt: skip
             body = functools.partial(train, data, HEADS[name], steps)
             lines.setdefault(name, []).append(session.run(config, steps, body))
@@ -154,12 +159,15 @@ def label_embeddings(data: LabelData) -> Tensor:
     return out.index_add_(0, torch.from_numpy(labels.values), rows[torch.from_numpy(labels.row_of_value())])
 
 
-def make_head(head: Head, data: LabelData) -> nn.Module:
+def make_head(head: Head, data: LabelData, lr: float) -> nn.Module:
+    """Biases start at each label's log-odds, in all heads."""
+    counts = torch.from_numpy(np.bincount(data.train.labels.values, minlength=data.num_labels))
     if head.fan_in is None:
-        return nn.Linear(HIDDEN, data.num_labels)
+        made = nn.Linear(HIDDEN, data.num_labels)
+        set_prior(made, counts, len(data.train.labels))
+        return made
     order = None
     if head.dense_labels or head.group_size > 1:
-        counts = torch.from_numpy(np.bincount(data.train.labels.values, minlength=data.num_labels))
         order = label_order(
             counts, dense_labels=head.dense_labels, embeddings=label_embeddings(data),
             group_size=head.group_size,
@@ -168,15 +176,19 @@ def make_head(head: Head, data: LabelData) -> nn.Module:
         HIDDEN, data.num_labels, head.fan_in, group_size=head.group_size, intermediate=head.intermediate,
         dense_labels=head.dense_labels, label_order=order,
     )  # fmt: skip
+    ordered = counts[made.label_order]
+    set_prior(made.sparse, ordered[head.dense_labels :], len(data.train.labels))
+    if made.dense is not None:
+        set_prior(made.dense, ordered[: head.dense_labels], len(data.train.labels))
     made.sparse.to(getattr(torch, head.dtype))
-    made.sparse.fuse_optimizer("adam", lr=1e-3, stochastic_rounding=head.dtype == "bfloat16")
+    made.sparse.fuse_optimizer("adam", lr=lr, stochastic_rounding=head.dtype == "bfloat16")
     return made
 
 
 def train(data: LabelData, head: Head, steps: int, run: Run) -> dict:
     config = run.config
     torch.manual_seed(config["seed"])
-    model = LabelModel(data.num_features, make_head(head, data))
+    model = LabelModel(data.num_features, make_head(head, data, config["head_lr"]))
     method = objective = None
     every = max(1, round(steps * REWIRED_SHARE / config["updates"]))
     end = max(every, int(steps * REWIRED_SHARE))
@@ -207,6 +219,8 @@ def train(data: LabelData, head: Head, steps: int, run: Run) -> dict:
     state = run.resume()
     if state is not None:
         model.load_state_dict(state["model"])
+        if objective is not None and "head.weight" not in state["objective"]:
+            objective.drop(optimizers[0])  # as it was when saved: the optimizer's parameters must be the same
         for optimizer, held in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(held)
         for part, held in ((method, state["method"]), (objective, state["objective"])):
@@ -227,9 +241,16 @@ def train(data: LabelData, head: Head, steps: int, run: Run) -> dict:
             "global": torch.get_rng_state(),
         }  # fmt: skip
 
-    evaluate_at = {round(steps * i / 5) for i in range(1, 6)}
+    evaluations = config["evaluations"]
+    evaluate_at = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
+    rate = cosine(1.0, LAST_RATE, end_step=steps)
     for step in range(begin, steps):
         model.train()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 * rate(step)
+        if isinstance(model.head, FanInHead):
+            model.head.sparse.update.lr = config["head_lr"] * rate(step)
         if not len(order):
             order = rng.permutation(len(data.train.labels))
         rows, order = order[: config["batch"]], order[config["batch"] :]

@@ -236,7 +236,7 @@ class FeatureMimicking(TrainingMethod):
         energy: float | None = None,
         budget: int | float | None = None,
         multiple_of: int = 1,
-        mid_activation: str | None = None,
+        mid_activation: str | Mapping[str, str] | None = None,
         factors: str = "mimic",
         keep_smaller: bool = True,
     ) -> CompressionReport:
@@ -248,8 +248,8 @@ class FeatureMimicking(TrainingMethod):
             budget: weights of all layers together, or their share of the dense ones: ranks are given to
                 where they save the most of a layer's variance for their size.
             multiple_of: ranks chosen by energy or budget are rounded up to it.
-            mid_activation: between the factors of linear layers ("relu", ...): no projection any more, so
-                that the model must be fine-tuned.
+            mid_activation: between the factors of linear layers ("relu", ...), or {layer: activation}: no
+                projection any more, so that the model must be fine-tuned.
             factors: "mimic", or "svd": the best approximation of the weights, which needs no statistics.
             keep_smaller: leave a layer dense where its rank would not make it smaller.
 
@@ -261,6 +261,11 @@ class FeatureMimicking(TrainingMethod):
         spectra = self.spectra(factors)
         candidates = {name: self._candidate(name, found) for name, found in spectra.items()}
         picked = pick_ranks(list(candidates.values()), rank, energy, budget, multiple_of)
+        unknown = (
+            sorted(set(mid_activation) - set(self._moments)) if isinstance(mid_activation, Mapping) else []
+        )
+        if unknown:
+            raise ValueError(f"mid_activation names layers that are not collected linear layers: {unknown}")
         left = {name: "no rank was given for it" for name, r in picked.items() if r is None}
         for name, candidate in candidates.items():
             if picked[name] is not None and keep_smaller and picked[name] > candidate.most:
@@ -279,8 +284,9 @@ class FeatureMimicking(TrainingMethod):
         for name in self.layers:
             if name in chosen:
                 source = folded.pop(name, None) if name in folded else self.layers[name]
+                between = mid_activation.get(name) if isinstance(mid_activation, Mapping) else mid_activation
                 new_layers[name] = self._new_layer(
-                    name, source, spectra[name][0], chosen[name], mid_activation, factors, counts
+                    name, source, spectra[name][0], chosen[name], between, factors, counts
                 )
         for part in (*new_fields.values(), *folded.values(), *new_layers.values()):
             agree([p.data for p in part.parameters()], self._group)

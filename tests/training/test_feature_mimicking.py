@@ -121,7 +121,10 @@ def test_folded_layer_is_compressed_too():
 def test_activation_between():
     model, data = clicks(), ids(500)
     dense = copy.deepcopy(model)
-    collect(model, data, layers=["dnn.1"]).compress(rank=6, mid_activation="relu")
+    method = collect(model, data, layers=["dnn.1"])
+    with pytest.raises(ValueError, match="not collected linear layers: .'first'"):
+        method.compress(rank=6, mid_activation={"first": "relu"})
+    method.compress(rank=6, mid_activation={"dnn.1": "relu"})
     layer = model.dnn[1]
     assert layer.mid_activation == "relu" and layer.mid_bias is not None
     x = torch.randn(9, 32, dtype=torch.float64)
