@@ -141,9 +141,12 @@ RS_CALL static Vec expand_lanes(uint32_t bits, Vec packed) {
   int next = 0;
   return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
 }
-// Lane i takes lane i + n, 0 <= n <= kLanes; the last n lanes are unspecified.
-RS_CALL static Vec shift_lanes(Vec a, int n) {
-  return each_lane([&](int i) { return a.v[(i + n) % kLanes]; });
+// Lane i takes element n + i of the 2 kLanes elements low, high; those past the end are
+// unspecified.
+RS_CALL static Vec window_lanes(Vec low, Vec high, int n) {
+  return each_lane([&](int i) {
+    return (n + i) / kLanes % 2 ? high.v[(n + i) % kLanes] : low.v[(n + i) % kLanes];
+  });
 }
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
 RS_CALL static Vec compress_lanes(uint32_t bits, Vec a) {

@@ -51,6 +51,8 @@ RECORD_NAMES = ("records", "record_starts", "record_bases")
 class _MaskedBase(PackedModule):
     """What `MaskedEmbedding` and `MaskedEmbeddingBag` share: the table and all that happens to it."""
 
+    lookup_names = ("values", "rows", "starts", "columns", "records", "record_starts")
+
     # Called with each output that needs a gradient, the name of its op and the op's inputs: a training
     # method that scores elements which are not stored looks at the output's gradient through it.
     tap: Callable[..., None] | None = None
@@ -131,6 +133,7 @@ class _MaskedBase(PackedModule):
             self.values = nn.Parameter(table.values.detach())
         for name, tensor in zip(INDEX_NAMES, table.index, strict=True):
             self._set_buffer(name, tensor)
+        self._place_tables()
 
     def reset_parameters(self) -> None:
         """Standard normal values, as ``nn.Embedding``; 0 in the padding row. The mask stays."""
@@ -304,6 +307,7 @@ class _MaskedBase(PackedModule):
             self._set_buffer(name, None)
         for name, tensor in zip(RECORD_NAMES, records[1:4], strict=True):
             self._set_buffer(name, tensor)
+        self._place_tables()
         return self
 
     def unfreeze(self) -> "_MaskedBase":
@@ -498,6 +502,7 @@ class _MaskedBase(PackedModule):
         self.frozen_as = dtype, kept, nnz
         for name, tensor in zip(RECORD_NAMES, given, strict=True):
             self._set_buffer(name, tensor.detach().to(self.records.device, copy=True))
+        self._place_tables()
 
     def _misfit(self, error, state_dict, prefix, names) -> str:
         sizes = ", ".join(f"{prefix + name} {tuple(state_dict[prefix + name].shape)}" for name in names)

@@ -51,7 +51,7 @@ class MaskedLinear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.packed.matmul_t(input)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output.add_(self.bias)  # in place: no second [B, O] tensor
 
     @classmethod
     def from_dense(

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..config import place_table
 from ..reference import masked_embedding as reference
 from ._backend import Op
 from ._check import INDEX_DTYPES, check_device, check_dtype, check_shape, check_tensor, shape
@@ -391,10 +392,9 @@ class FusedOptimizer:
         wide = torch.float64 if table.values.dtype == torch.float64 else torch.float32
         shapes = {"sgd": ((0,), (0,)), "rowwise_adagrad": ((table.num_embeddings,), (0,))}
         first, second = shapes.get(kind, (table.values.shape, table.values.shape))
-        return cls(
-            kind, lr, tuple(betas), eps,
-            table.values.new_zeros(first, dtype=wide), table.values.new_zeros(second, dtype=wide),
-        )  # fmt: skip
+        moments = [table.values.new_zeros(shape, dtype=wide) for shape in (first, second)]
+        place_table(*moments)
+        return cls(kind, lr, tuple(betas), eps, *moments)
 
 
 class _UpdatingLookup(torch.autograd.Function):
@@ -468,6 +468,7 @@ def masked_embedding_pack(
     index, values_shape = index_from_bits(bits, dim, layout)
     template = weight.detach().new_empty(values_shape)
     values = _GATHER(weight.contiguous(), template, *index, num_rows, dim, backend=backend)
+    place_table(values, *index)
     return MaskedTable(values, *index, num_rows, dim)
 
 

@@ -130,18 +130,18 @@ def generator(seed: int, *place: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def is_distributed(group: dist.ProcessGroup | None = None) -> bool:
+def is_distributed(group: "dist.ProcessGroup | None" = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def all_reduce_sum(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def all_reduce_sum(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """Sum over the ranks, in place; nothing without a process group."""
     if is_distributed(group):
         for tensor in tensors:
             dist.all_reduce(tensor, group=group)
 
 
-def agree(tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+def agree(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """All ranks take the decision of the first one, in place; nothing without a process group.
 
     Ranks compute equal decisions from equal weights; this holds even where a reduction on one rank

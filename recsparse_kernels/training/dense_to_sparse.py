@@ -129,7 +129,7 @@ class AdaptiveDenseToSparse(TrainingMethod):
             decay = self.score.decay
             self._importance = {n: Importance(layer.weight, decay) for n, layer in self._layers.items()}
         self._counts: dict[str, int] = {}
-        bits = self._select(None)
+        bits = self._select(0, relearn=True)
         self._counts = {name: int(row_counts(part).sum()) for name, part in bits.items()}
         self.sparse = _packed_copy(self._dense, self._layers, bits)
 
@@ -166,14 +166,23 @@ class AdaptiveDenseToSparse(TrainingMethod):
         self.steps = after
         return result
 
-    def refresh(self, masks: Mapping[str, Tensor] | None = None, *, _step: int | None = None) -> Refresh:
+    def refresh(
+        self,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        relearn: bool | None = None,
+        _step: int | None = None,
+    ) -> Refresh:
         """Prune the sparse model from the dense one as it is now, in place.
 
         Args:
             masks: layer -> bool mask of its weight, in place of the scores; all layers.
+            relearn: choose the layers' shares of the budget anew, as at the end of a warm-up; None: as
+                the method was told.
         """
         step = self.steps if _step is None else _step
-        bits = self._select(step) if masks is None else self._given(masks)
+        anew = self.relearn if relearn is None else relearn
+        bits = self._select(step, anew) if masks is None else self._given(masks)
         tables = self._new_tables(bits)
         moved = {}
         for name, part in bits.items():
@@ -192,7 +201,7 @@ class AdaptiveDenseToSparse(TrainingMethod):
     # -- choosing ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _select(self, step: int | None) -> dict[str, Tensor]:
+    def _select(self, step: int, relearn: bool) -> dict[str, Tensor]:
         """Mask bits of each layer; the same on all ranks."""
         streams, names = [], list(self._layers)
         for name in names:
@@ -201,10 +210,10 @@ class AdaptiveDenseToSparse(TrainingMethod):
                 ScoreStream(weight.numel(), lambda b, e, view=view: self.score(view, b, e), weight.device)
             )
         least, most = [self._floors[n] for n in names], None
-        if self._counts and not self.relearn:
+        if not relearn:
             least = most = [self._counts[n] for n in names]
         budget = sum(least) if most is not None else self.budget
-        seed = self.seed + (0 if step is None else step)
+        seed = self.seed + step
         labels = [f"score of {n!r}" for n in names]
         chosen = select_largest(streams, budget, minimum=least, maximum=most, seed=seed, names=labels)
         bits = {}

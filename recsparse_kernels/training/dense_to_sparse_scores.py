@@ -47,7 +47,9 @@ class Magnitude:
 class GradientWeighted:
     """``magnitude * |w| / mean|w| + gradient * I / mean I`` with ``I`` the running mean of ``|w g|``.
 
-    Two criteria, each over its mean in the layer, so that one global selection is fair to all layers.
+    Two criteria, each over its mean in the layer, so that one global selection is fair to all layers. The
+    running mean takes as much memory as the dense weight. Where that is too much, a score can read what the
+    optimizer keeps anyway, ``layer.weight[begin:end].abs() * adam_state["exp_avg_sq"].view(-1)[begin:end].sqrt()``.
 
     Args:
         magnitude, gradient: what each counts.

@@ -63,7 +63,12 @@ def alternating(
         if cycle + 1 < cycles and gap:
             phases.append((at + length + gap, 0.0))
         at += length + gap
-    return (*((round(end * end_step), value) for end, value in phases), (end_step, 0.0))
+    found, begin = [], 0
+    for end, value in phases:
+        if round(end * end_step) > begin:  # of a short plan a phase may have no step
+            begin = round(end * end_step)
+            found.append((begin, value))
+    return (*found, (end_step, 0.0))
 
 
 class AlternateGrowthPruning(TrainingMethod):

@@ -199,6 +199,7 @@ def test_alternating():
     assert alternating(1000, 0.5, cycles=2, warmup=0, final=0.2, dense_share=0.25) == (
         (300, 0.5), (500, 0.0), (800, 0.5), (1000, 0.0),
     )  # fmt: skip
+    assert alternating(4, 0.5) == ((3, 0.5), (4, 0.0))  # too short for a warm-up
     with pytest.raises(ValueError, match=r"warmup \+ final < 1"):
         alternating(1000, 0.5, warmup=0.5, final=0.5)
 
