@@ -182,42 +182,46 @@ RS_INLINE bool for_each_vector(const MaskedTable<T>& table, const uint64_t (&bit
   constexpr uint64_t kLaneBits = (uint64_t(1) << kLanes) - 1;
   int64_t count = 0;
   for (int w = 0; w < kWords; ++w) count += popcount(bits[w]);
-  const T* p = table.values + start;
-  const T* first = run_of(p);
-  const int offset = int(p - first);
   // Not near an end of the table: all runs that hold values of the row lie in it.
   const bool whole = uint64_t(start - kLanes) <= uint64_t(table.nnz - 64 * kWords - 3 * kLanes) &&
                      table.nnz >= 64 * kWords + 3 * kLanes;
   if (!whole && !inside(table, start, count)) [[unlikely]]
     return false;
+  const T* p = table.values + start;
   const auto lanes_of = [&](int v) {
     return uint32_t(bits[v / kPerWord] >> (v % kPerWord * kLanes) & kLaneBits);
   };
-  const auto values_before = [&](int v) {
-    int before = 0;
-    for (int w = 0; w < v / kPerWord; ++w) before += popcount(bits[w]);
-    return before + popcount(bits[v / kPerWord] & low_bits(v % kPerWord * kLanes));
-  };
-  if (kVectors <= 4 && whole && count + offset <= 2 * kLanes) [[likely]] {  // the row in two runs
-    const Vec low = load(first);
-    const Vec high = load(first + (count + offset > kLanes ? kLanes : 0));
+  constexpr int kGroup = kVectors < 4 ? kVectors : 4;  // vectors that may share a pair of runs
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      body(v, expand_lanes(lanes_of(v), window_lanes(low, high, offset + values_before(v))));
-  } else if (whole) [[likely]] {  // each vector in two runs
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t lanes = lanes_of(v);
-      const T* here = p + values_before(v);
-      const T* low = run_of(here);
-      const T* high = run_of(here + (lanes ? popcount(lanes) - 1 : 0));
-      body(v, expand_lanes(lanes, window_lanes(load(low), load(high), int(here - low))));
+  for (int g = 0; g < kVectors; g += kGroup) {
+    const uint64_t group =
+        bits[g / kPerWord] >> (g % kPerWord * kLanes) & low_bits(kGroup * kLanes);
+    const int values = popcount(group);
+    const auto values_before = [&](int v) { return popcount(group & low_bits((v - g) * kLanes)); };
+    const T* first = run_of(p);
+    const int offset = int(p - first);
+    if (whole && values + offset <= 2 * kLanes) [[likely]] {  // all in two runs
+      const Vec low = load(first);
+      const Vec high = load(first + (values + offset > kLanes ? kLanes : 0));
+#pragma GCC unroll 4
+      for (int v = g; v < g + kGroup; ++v)
+        body(v, expand_lanes(lanes_of(v), window_lanes(low, high, offset + values_before(v))));
+    } else if (whole) [[likely]] {  // each vector in two runs
+#pragma GCC unroll 4
+      for (int v = g; v < g + kGroup; ++v) {
+        const uint32_t lanes = lanes_of(v);
+        const T* here = p + values_before(v);
+        const T* low = run_of(here);
+        const T* high = run_of(here + (lanes ? popcount(lanes) - 1 : 0));
+        body(v, expand_lanes(lanes, window_lanes(load(low), load(high), int(here - low))));
+      }
+    } else {
+      for (int v = g; v < g + kGroup; ++v) {
+        const uint32_t lanes = lanes_of(v);
+        body(v, expand_lanes(lanes, load_first(p + values_before(v), popcount(lanes))));
+      }
     }
-  } else {
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t lanes = lanes_of(v);
-      body(v, expand_lanes(lanes, load_first(p + values_before(v), popcount(lanes))));
-    }
+    p += values;
   }
   return true;
 }

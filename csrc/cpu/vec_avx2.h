@@ -219,5 +219,13 @@ RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
   return {_mm256_permutevar8x32_ps(a.v, source)};
 }
 
+RS_INLINE Vec load_quads(const float* p) { return {_mm256_broadcast_ps((const __m128*)p)}; }
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return {_mm256_permute_ps(quads.v, kPlace * 0x55)};
+}
+RS_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+RS_INLINE void stream_end() { _mm_sfence(); }
+
 }  // namespace RS_ISA
 }  // namespace recsparse

@@ -186,5 +186,13 @@ RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
   return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
 }
 
+RS_INLINE Vec load_quads(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return {_mm512_permute_ps(quads.v, kPlace * 0x55)};
+}
+RS_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+RS_INLINE void stream_end() { _mm_sfence(); }
+
 }  // namespace RS_ISA
 }  // namespace recsparse

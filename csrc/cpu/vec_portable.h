@@ -157,5 +157,17 @@ RS_CALL static Vec compress_lanes(uint32_t bits, Vec a) {
   return out;
 }
 
+// The four floats at p, again and again; and one of them in every lane.
+RS_INLINE Vec load_quads(const float* p) {
+  return each_lane([&](int i) { return p[i % 4]; });
+}
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return broadcast(quads.v[kPlace]);
+}
+// Past the caches, to a p that is a multiple of the vector; other threads see it after stream_end.
+RS_INLINE void stream(float* p, Vec a) { store(p, a); }
+RS_INLINE void stream_end() {}
+
 }  // namespace RS_ISA
 }  // namespace recsparse

@@ -154,7 +154,7 @@ def low_rank_linear(
         bias: ``[O]`` or None.
         mid_activation: between the factors: "relu", "gelu", "silu", "sigmoid", "tanh" or None.
         activation: at the end, likewise.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[..., O]``, same dtype as ``input``; accumulated in float32.
@@ -187,7 +187,7 @@ def low_rank_cross(
         down: ``[R, I]`` ("V" in DCN-v2 code).
         up: ``[I, R]`` ("W" or "U" there).
         bias: ``[I]`` or None.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[..., I]``, same dtype as ``x``; accumulated in float32.

@@ -272,7 +272,7 @@ def low_rank_embedding(
         padding_idx: lookups of this row add nothing to any gradient.
         scale_grad_by_freq: divide the gradient of a row by how often the batch looks it up.
         sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each once.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[*input.shape, D]``.
@@ -331,7 +331,7 @@ def low_rank_embedding_bag(
         scale_grad_by_freq: divide the gradient of a row by how often the batch looks it up; not for max.
         sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each
             once; not for max.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[B, D]``.
@@ -413,7 +413,7 @@ def low_rank_fields(
         output: give ``x``.
         interaction: give the FM term.
         sparse: the gradient of ``table`` is a sparse COO tensor over the rows looked up, each once.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         `LowRankFieldsOutput`; gradients flow from all three.

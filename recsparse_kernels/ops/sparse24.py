@@ -33,7 +33,7 @@ def sparse24_mask(weight: Tensor, *, transposable: bool = False, backend: str | 
             first). True keeps, in each 4 x 4 tile, the best of the 90 patterns with two in every row
             and column, so that the transposed weight is 2:4 as well (of equal ones the first in
             lexicographic order); exact, not a greedy search.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[O, I]`` bool, True means kept. NaN counts as the largest magnitude. A last group or tile that
@@ -51,7 +51,7 @@ def sparse24_compress(weight: Tensor, mask: Tensor, *, backend: str | None = Non
         weight: ``[O, I]``, any floating dtype.
         mask: ``[O, I]`` bool, at most two True in each group of four along I. A group with fewer stores
             zeros at its lowest free columns.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         values ``[O, P / 2]``, metadata ``[O, P / 8]`` uint8, P = I rounded up to a multiple of 16.
@@ -88,7 +88,7 @@ def sparse24_decompress(
         values: ``[O, P / 2]``, P = ``in_features`` rounded up to a multiple of 16.
         metadata: ``[O, P / 8]`` uint8.
         in_features: I.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[O, I]``, zero where nothing was kept.
@@ -115,14 +115,17 @@ def sparse24_linear(
             weight that `sparse24_decompress` can give back.
         bias: ``[O]`` or None.
         activation: None, "relu", "gelu" (erf form), "silu", "sigmoid" or "tanh", fused.
-        backend: "native" or "reference"; None takes the fastest measured, else the first available.
+        backend: "native", "triton" or "reference"; None takes the fastest measured, else the first available.
 
     Returns:
         ``[..., O]``, dtype of ``input``, accumulated in float32. Gradients: ``input``, ``values`` (only
         at kept positions), ``bias``.
 
     An infinite or NaN input reaches the outputs that keep its column; a dense product would turn the
-    others into NaN too (0 * inf), and so does backend "reference".
+    others into NaN too (0 * inf), and so do backends "reference" and "triton".
+
+    Backend "triton" expands tiles of the weight in registers and multiplies them as dense, for Triton has
+    no sparse matrix instruction: it saves bytes (small batch), not operations.
     """
     check.check_dtype("input", input)
     if input.dim() == 0:
@@ -160,7 +163,7 @@ def sparse24_linear_ste(
         decay: adds ``decay * weight`` to the gradient of what the mask drops (sparse-refined
             straight-through estimator, Zhou et al., "Learning N:M fine-grained structured sparse neural
             networks from scratch", ICLR 2021): dropped weights fade instead of flickering.
-        backend: "native" or "reference"; None takes the first available.
+        backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
         ``[..., O]``.

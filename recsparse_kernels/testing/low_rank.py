@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-# (B, I, R, O): smallest, empty, nothing aligned, few rows and just more, R = 1, R > I, around the tiles
+# (B, I, R, O): smallest, empty, nothing aligned, few rows and just more, R = 1, R > I, around the tiles,
+# a rank too large for one kernel of the GPU backends, sums long enough to be split there
 LINEAR_SHAPES = [
     (1, 1, 1, 1),
     (0, 4, 2, 3),
@@ -13,12 +14,29 @@ LINEAR_SHAPES = [
     (49, 257, 1, 131),
     (61, 300, 67, 29),
     (130, 19, 24, 515),
+    (20, 30, 150, 40),
+    (5, 1100, 19, 1060),
 ]
-CROSS_SHAPES = [(1, 1, 1), (0, 4, 2), (3, 5, 8), (7, 37, 41), (61, 300, 67), (130, 515, 24)]  # (B, I, R)
+CROSS_SHAPES = [
+    (1, 1, 1),
+    (0, 4, 2),
+    (3, 5, 8),
+    (7, 37, 41),
+    (61, 300, 67),
+    (130, 515, 24),
+    (6, 1030, 21),
+]  # (B, I, R)
 
 # (V, R, D)
-TABLE_SHAPES = [(7, 1, 1), (50, 2, 16), (97, 24, 50), (211, 16, 128), (40, 67, 293)]
-FIELD_SHAPES = [(1, 1, 1, 1), (0, 3, 2, 5), (70, 22, 8, 50), (601, 3, 2, 16), (33, 5, 24, 13)]  # (B, F, R, D)
+TABLE_SHAPES = [(7, 1, 1), (50, 2, 16), (97, 24, 50), (211, 16, 128), (40, 67, 293), (30, 150, 20)]
+FIELD_SHAPES = [
+    (1, 1, 1, 1),
+    (0, 3, 2, 5),
+    (70, 22, 8, 50),
+    (601, 3, 2, 16),
+    (33, 5, 24, 13),
+    (9, 2, 70, 20),
+]  # (B, F, R, D)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -68,6 +68,15 @@ def test_both_activations_without_biases(backend):
 
 
 @on_backends
+@pytest.mark.parametrize("mid_activation", ["relu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", "tanh"])
+def test_activations_at_a_large_rank(activation, mid_activation, backend):
+    *tensors, grad = make_linear(9, 20, 140, 30)
+    options = {"mid_activation": mid_activation, "activation": activation}
+    check(LINEAR, low_rank_linear, tensors, grad, torch.bfloat16, backend, **options)
+
+
+@on_backends
 @on_dtypes
 @pytest.mark.parametrize("shape", CROSS_SHAPES, ids=str)
 def test_cross(shape, dtype, backend):
@@ -150,7 +159,7 @@ def test_definition_is_the_dense_formula():
     )
 
 
-@pytest.mark.parametrize("backend", backends("low_rank_linear")[-1:], indirect=True)
+@pytest.mark.parametrize("backend", backends("low_rank_linear", interpreter=False)[-1:], indirect=True)
 def test_same_result_for_any_number_of_threads(backend):
     before = torch.get_num_threads()
     results = []
@@ -167,10 +176,10 @@ def test_same_result_for_any_number_of_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", ["native", "triton", "reference"])
 def test_opcheck(name):
     if name not in OPS["low_rank_linear"].backends():
-        pytest.skip("the native library is not built")
+        pytest.skip("the native library is not built, or there is no Triton")
     *tensors, grad = make_linear(9, 7, 5, 6)
     leaves = [t.requires_grad_() for t in tensors]
     for activation in (0, 1, 2):

@@ -25,6 +25,9 @@ settings.register_profile(
 several = settings(settings.get_profile("sparse24"), max_examples=100)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+without_interpreter = pytest.mark.parametrize(  # large cases, or a hundred small ones
+    "backend", backends("sparse24_linear", interpreter=False), indirect=True
+)
 
 
 def doubled(*tensors):
@@ -63,7 +66,7 @@ def every_pattern():
 TILES = hnp.arrays("float32", (4, 8), elements=st.integers(-3, 3) | st.floats(-1, 1, width=32))
 
 
-@each_backend
+@without_interpreter
 @several
 @given(tile=TILES)
 def test_transposable_mask_is_the_best_of_all_patterns(tile, backend):
@@ -79,7 +82,7 @@ def test_transposable_mask_is_the_best_of_all_patterns(tile, backend):
         assert (size * kept).sum().item() >= scores.max().item() - 1e-12  # the order of the sum differs
 
 
-@each_backend
+@without_interpreter
 @several
 @given(weight=hnp.arrays("float32", st.tuples(st.integers(0, 5), st.integers(0, 37)),
                          elements=st.integers(-2, 2) | st.floats(-1, 1, width=32)))  # fmt: skip
@@ -99,7 +102,7 @@ def test_mask_keeps_the_largest_and_packs_exactly(weight, backend):
     assert torch.equal(ops.sparse24_gather(dense, metadata, backend=backend), values)
 
 
-@each_backend
+@without_interpreter
 @several
 @given(data=st.data(), O=st.integers(1, 4), groups=st.integers(1, 9))
 def test_compress_takes_masks_with_fewer(data, O, groups, backend):
@@ -117,6 +120,38 @@ def test_compress_takes_masks_with_fewer(data, O, groups, backend):
     assert torch.equal(ops.sparse24_decompress(values, metadata, groups * 4, backend=backend), weight * mask)
     first, second = metadata & 3, metadata >> 2 & 3
     assert bool((first < second).all())
+
+
+@each_backend
+def test_transposable_mask_of_many_tiles(backend):
+    """Few distinct magnitudes, so that most tiles have several best patterns: the first is chosen."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-3, 4, (20, 402), generator=generator) * torch.tensor([1.0, 0.1])[None].repeat(
+        1, 201
+    )
+    mask = ops.sparse24_mask(weight, transposable=True, backend=backend)
+    assert torch.equal(mask, reference.sparse24_mask(weight, True))
+    tiles = weight[:, :400].double().abs().view(5, 4, 100, 4).permute(0, 2, 1, 3)
+    kept = mask[:, :400].view(5, 4, 100, 4).permute(0, 2, 1, 3)
+    best = torch.einsum("prc,xyrc->xyp", every_pattern().double(), tiles).amax(2)
+    torch.testing.assert_close((tiles * kept).sum((2, 3)), best)  # the order of the sum differs
+
+
+@each_backend
+def test_compress_every_pair_of_groups(backend):
+    """A byte of metadata holds two groups: each of the 11 ways to keep 0, 1 or 2, beside each other way."""
+    sets = [s for n in range(3) for s in itertools.combinations(range(4), n)]
+    mask = torch.zeros(11, 11, 2, 4, dtype=torch.bool)
+    for (i, left), (j, right) in itertools.product(enumerate(sets), repeat=2):
+        mask[i, j, 0, list(left)] = True
+        mask[i, j, 1, list(right)] = True
+    mask = mask.view(11, 88)
+    weight = make_weight(11, 88) + 10
+    values, metadata = ops.sparse24_compress(weight, mask, backend=backend)
+    expected = reference.sparse24_compress(weight, mask)
+    assert torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
+    assert torch.equal(ops.sparse24_decompress(values, metadata, 88, backend=backend), weight * mask)
+    assert torch.equal(ops.sparse24_gather(weight * mask, metadata, backend=backend), values)
 
 
 @each_backend
@@ -190,7 +225,7 @@ def test_activation(shape, activation, dtype, backend):
         assert_close(name, *three)
 
 
-@each_backend
+@without_interpreter
 def test_many_groups_of_panels(backend):
     """More batch rows than are packed at a time: sums over the groups."""
     case = make_case(1300, 2064, 20)
@@ -310,7 +345,7 @@ def test_nan_and_inf_reach_what_keeps_them(B, backend):
     assert output[0].isfinite().all() and output[3:].isfinite().all()
 
 
-@each_backend
+@without_interpreter
 @pytest.mark.parametrize("shape", [(7, 100, 50), (300, 100, 70)], ids=str)
 def test_same_result_for_any_number_of_threads(shape, backend):
     before = torch.get_num_threads()
