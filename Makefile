@@ -12,8 +12,13 @@ demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
 test: TEST_MODULE = -DRECSPARSE_TESTS=ON
-test: build
+test: build $(VENV)/triton-oldest
 	$(BIN)/python -m pytest
+
+# The oldest Triton that we support, beside the environment's own: tests/aot compiles with both, and
+# skips this one where it cannot be installed.
+$(VENV)/triton-oldest: $(VENV)/ready
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

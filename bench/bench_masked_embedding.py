@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recsparse_kernels import use_huge_pages
 from recsparse_kernels.ops.masked_embedding import (
     FusedOptimizer,
     masked_embedding_bag,
@@ -106,6 +107,12 @@ def test_bag_forward(case, benchmark):
         "ours": spin(lambda i, o: masked_embedding_bag(i, table, o, mode="sum")),
         "ours-frozen": spin(lambda i, o: masked_embedding_bag_frozen(i, records, o, "sum")),
     }
+    if (V, D, density, bags, length) == BAR:  # what huge pages do for the dense table
+        placed = weight.clone()
+        use_huge_pages(placed)
+        candidates["nn.EmbeddingBag, huge pages"] = spin(
+            lambda i, o: F.embedding_bag(i, placed, o, mode="sum")
+        )
     if HAS_FBGEMM and dtype != torch.bfloat16 and D % 4 == 0:
         tbe = fbgemm_infer(weight, dtype)
         last = torch.arange(0, bags * length + 1, length)
@@ -157,8 +164,10 @@ def test_bag_step(case, benchmark):
     make = index_sets(V, bags, length, zipf)
     grad = torch.randn(bags, D)
     values = torch.nn.Parameter(table.values.clone())
+    use_huge_pages(values)
     own = table._replace(values=values)
     fused_values = table.values.clone().requires_grad_()
+    use_huge_pages(fused_values)
     fused_table = table._replace(values=fused_values)
     parameters = {name: torch.nn.Parameter(weight.clone()) for name in ("dense", "sparse")}
     optimizers = {name: torch.optim.SGD([p], lr=0.1) for name, p in (*parameters.items(), ("ours", values))}

@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(recsparse, m) {
   m.def("cpu_level() -> int");
   m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");
+  m.def("use_huge_pages(Tensor tensor) -> int");
 
   // ---- sparse24 ----
   m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");

@@ -1,9 +1,17 @@
 """Sparse and low-rank layers for recommender and extreme-classification models in PyTorch."""
 
-from . import nn, ops
+from . import nn, ops, training
 from .adapters import register_adapter
 from .advise import advise
-from .config import cpu_level, cpu_levels, set_check_indices, set_cpu_level, show_config
+from .config import (
+    cpu_level,
+    cpu_levels,
+    set_check_indices,
+    set_cpu_level,
+    set_huge_pages,
+    show_config,
+    use_huge_pages,
+)
 from .dense_checkpoint import dense_state_dict, load_dense_state_dict
 from .explain import explain
 from .optimizer_remap import remap_optimizer
@@ -25,10 +33,13 @@ __all__ = [
     "remap_optimizer",
     "set_check_indices",
     "set_cpu_level",
+    "set_huge_pages",
     "show_config",
     "swap_modules",
+    "training",
     "tune",
     "unswap_modules",
+    "use_huge_pages",
 ]
 
 _load_measured()

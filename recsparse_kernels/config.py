@@ -12,7 +12,10 @@ from . import _native
 CPU_LEVELS = ("portable", "avx2", "avx512")
 CHECK_INDICES = ("raise", "clamp", "none")
 
+HUGE_PAGES_FROM_BYTES = 1 << 22
+
 _check_indices = "raise"
+_huge_pages = True
 
 
 def cpu_levels() -> tuple[str, ...]:
@@ -47,6 +50,37 @@ def use_cpu_level(level: str) -> Iterator[None]:
         yield
     finally:
         set_cpu_level(before)
+
+
+def use_huge_pages(*tensors: torch.Tensor | None) -> int:
+    """Put large CPU tensors on 2 MB pages, where the system has them; the bytes for which it agreed.
+
+    Random lookups in a table of many megabytes miss the TLB as often as the cache. Tables of this
+    package are put on huge pages when they are made (`set_huge_pages`); call this for a dense table or
+    for optimizer state. Values, shapes and addresses stay as they are; a copy is ordinary memory again.
+    """
+    if not _native.CPU.loaded:
+        return 0
+    large = [
+        t for t in tensors if t is not None and t.device.type == "cpu" and t.nbytes >= HUGE_PAGES_FROM_BYTES
+    ]
+    return sum(torch.ops.recsparse.use_huge_pages(t.detach()) for t in large)
+
+
+def set_huge_pages(enabled: bool) -> None:
+    """Whether new tables of 4 MB and more are put on huge pages (the default). Costs at most 2 MB each."""
+    global _huge_pages
+    _huge_pages = bool(enabled)
+
+
+if _native.CPU.loaded:
+    torch.library.register_fake("recsparse::use_huge_pages")(lambda tensor: 0)
+
+
+def place_table(*tensors: torch.Tensor | None) -> None:
+    """`use_huge_pages`, unless `set_huge_pages` says no."""
+    if _huge_pages and not torch.compiler.is_compiling():
+        use_huge_pages(*tensors)
 
 
 def get_check_indices() -> str:

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "fan_in_chunks.h"
 
 namespace recsparse {
@@ -14,50 +16,25 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 
-// Up to here a panel would be mostly padding: gather from each row instead, vectors along the
-// fan-in.
-constexpr int64_t kGatherRows = 2;
+// Outputs from here on are written past the caches: nothing of them would be left there for the
+// next reader, and the lines need not be read before they are written.
+constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
 
 template <class T>
-bool linear_by_gathers(const FanInPlan& plan, const Tensor& input, const Tensor& weight,
-                       const Tensor& indices, const std::optional<Tensor>& bias, T* output) {
+bool linear(const FanInPlan& plan, const Tensor& input, const Tensor& weight, const Tensor& indices,
+            const std::optional<Tensor>& bias, T* output) {
   const auto& kernels = fan_in_kernels<T>();
   const FanInSizes& size = plan.size;
-  Scratch<float> rows(size.batch * size.in_features);
-  kernels.widen(data<T>(input), size.batch * size.in_features, rows.get());
-  const FanInIndices source(indices);
-  std::atomic<bool> valid{true};
-  parallel_for(plan.chunks(), 1, [&](int64_t first, int64_t last) {
-    FanInChunk<T> chunk(plan, indices, nullptr, nullptr);
-    float tile[kFanInTile];
-    for (int64_t c = first; c < last; ++c) {
-      const int64_t begin = c * plan.chunk, end = plan.chunk_end(begin);
-      if (!chunk.load(begin, end)) {
-        valid = false;
-        continue;
-      }
-      for_each_tile(begin, end, [&](int64_t label, int64_t labels) {
-        for (int64_t b = 0; b < size.batch; ++b) {
-          source.dots(kernels, rows.get() + b * size.in_features, data<T>(weight),
-                      data_or_null<T>(bias), nullptr, label, labels, size, tile);
-          kernels.narrow(tile, labels, output + b * size.out_features + label);
-        }
-      });
-    }
-  });
-  return valid;
-}
-
-template <class T>
-bool linear_by_panels(const FanInPlan& plan, const Tensor& input, const Tensor& weight,
-                      const Tensor& indices, const std::optional<Tensor>& bias, T* output) {
-  const auto& kernels = fan_in_kernels<T>();
-  const FanInSizes& size = plan.size;
+  const bool streamed =
+      size.batch * size.out_features * int64_t(sizeof(T)) >= kStreamedBytes && plan.lanes > 1;
+  // rows a power of two apart would share the same few places of the cache
+  const int64_t pitch = plan.chunk + 32;
   Scratch<float> panels = pack_panels<T>(plan, input);
   std::atomic<bool> valid{true};
   parallel_for(plan.chunks(), 1, [&](int64_t first, int64_t last) {
     FanInChunk<T> chunk(plan, indices, data<T>(weight), data_or_null<T>(bias));
     Scratch<float> logits(kFanInTile * plan.lanes);
+    Scratch<T> staged(streamed ? pitch * plan.lanes : 0);
     for (int64_t c = first; c < last; ++c) {
       const int64_t begin = c * plan.chunk, end = plan.chunk_end(begin);
       if (!chunk.load(begin, end)) {
@@ -66,12 +43,16 @@ bool linear_by_panels(const FanInPlan& plan, const Tensor& input, const Tensor& 
       }
       for (int64_t panel = 0; panel < plan.panels; ++panel) {
         const float* x = panels.get() + panel * plan.panel_elements();
-        T* rows = output + panel * plan.lanes * size.out_features;
+        const int64_t height = plan.rows_of_panel(panel);
+        T* target = output + panel * plan.lanes * size.out_features + begin;
+        T* rows = streamed ? staged.get() : target;
+        const int64_t stride = streamed ? pitch : size.out_features;
         for_each_tile(begin, end, [&](int64_t label, int64_t labels) {
-          kernels.logits(chunk.tile(label, labels), x, logits.get());
-          kernels.unpack(logits.get(), plan.rows_of_panel(panel), labels, plan.lanes, rows + label,
-                         size.out_features);
+          kernels.logits(chunk.tile(label, labels, panel == 0), x, logits.get());
+          kernels.unpack(logits.get(), height, labels, plan.lanes, rows + (label - begin), stride);
         });
+        if (streamed)
+          kernels.stream_rows(rows, pitch, height, end - begin, target, size.out_features);
       }
     }
   });
@@ -87,9 +68,7 @@ Tensor fan_in_linear(const Tensor& input, const Tensor& weight, const Tensor& in
   const std::optional<Tensor> offset = contiguous_or_none(bias);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const FanInPlan plan(size, fan_in_kernels<T>().lanes);
-    const auto run = size.batch <= kGatherRows ? &linear_by_gathers<T> : &linear_by_panels<T>;
-    if (!run(plan, x, w, columns, offset, mutable_data<T>(output)))
+    if (!linear<T>(FanInPlan::for_logits(size), x, w, columns, offset, mutable_data<T>(output)))
       raise_index_range(size.in_features);
   });
   return output;
@@ -152,8 +131,10 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
                  " rows, as input; got shape ", shape_text(grad_output));
   const FanInSizes size =
       check_fan_in_layer(input.size(0), input.size(1), grad_output.size(1), indices, group_size);
-  Tensor grad_weight = torch::stable::new_zeros(input, {size.out_features, size.fan_in});
-  if (grad_weight.numel() == 0 || size.batch == 0) return grad_weight;
+  const std::vector<int64_t> shape = {size.out_features, size.fan_in};
+  if (size.batch == 0) return torch::stable::new_zeros(input, shape);
+  Tensor grad_weight = new_empty(input, shape);
+  if (grad_weight.numel() == 0) return grad_weight;
   const Tensor g = contiguous(grad_output), x = contiguous(input), columns = contiguous(indices);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -163,7 +144,8 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
     std::atomic<bool> valid{true};
     parallel_for(plan.chunks(), 1, [&](int64_t first, int64_t last) {
       FanInChunk<T> chunk(plan, columns, nullptr, nullptr);
-      Scratch<float> tile(kFanInTile * plan.lanes), sums(plan.chunk * size.fan_in);
+      Scratch<float> tile(kFanInTile * plan.lanes);
+      FanInChunkSums<T> sums(mutable_data<T>(grad_weight), plan.chunk * size.fan_in);
       for (int64_t c = first; c < last; ++c) {
         const int64_t begin = c * plan.chunk, end = plan.chunk_end(begin);
         if (!chunk.load(begin, end)) {
@@ -175,14 +157,13 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
           for_each_tile(begin, end, [&](int64_t label, int64_t labels) {
             kernels.pack(rows + label, size.out_features, plan.rows_of_panel(panel), labels,
                          plan.lanes, tile.get());
-            float* out = sums.get() + (label - begin) * size.fan_in;
+            float* out = sums.at(begin * size.fan_in) + (label - begin) * size.fan_in;
             kernels.gradients(chunk.tile(label, labels),
                               panels.get() + panel * plan.panel_elements(), tile.get(),
                               {nullptr, out, nullptr, panel > 0});
           });
         }
-        kernels.narrow(sums.get(), (end - begin) * size.fan_in,
-                       mutable_data<T>(grad_weight) + begin * size.fan_in);
+        sums.write(begin * size.fan_in, (end - begin) * size.fan_in);
       }
     });
     if (!valid) raise_index_range(size.in_features);

@@ -1,7 +1,7 @@
 // How the fixed fan-in ops cut their work on the CPU.
 //
 //   panels   the batch, `lanes` rows each; transposed to [I][lanes] in float32, which stays in L2
-//   chunks   labels whose offsets and float32 weights stay in L2 while all panels meet them
+//   chunks   labels whose indices and float32 weights stay in L2 while all panels meet them
 //   tiles    labels whose [labels][lanes] logits or gradients stay in L1
 //   slabs    runs of chunks with a panel gradient of their own; added up in order at the end
 //
@@ -23,6 +23,7 @@ namespace recsparse {
 constexpr int64_t kFanInTile = 64;                // 8 KiB of logits at 32 lanes
 constexpr int64_t kFanInChunkBytes = 128 * 1024;  // beside a panel in 1 MiB of L2
 constexpr int64_t kFanInPanelBytes = 512 * 1024;  // above this a panel is one vector wide
+constexpr int64_t kFanInLogitLanes = 16;          // one cache line for each input
 constexpr int64_t kFanInSlabs = 32;
 constexpr int64_t kFanInSlabLabels =
     512;  // enough work to hide zeroing and adding a panel gradient
@@ -31,16 +32,20 @@ struct FanInPlan {
   FanInSizes size;
   int64_t lanes, panels, chunk;
 
-  FanInPlan(const FanInSizes& sizes, int64_t vector_lanes) : size(sizes) {
-    const bool wide =
-        size.batch > vector_lanes && size.in_features * 2 * vector_lanes * 4 <= kFanInPanelBytes;
-    lanes = wide ? 2 * vector_lanes : vector_lanes;
-    RS_CHECK_VALUE(size.in_features * lanes <= INT32_MAX,
-                   "input has too many columns: ", size.in_features);
-    panels = (size.batch + lanes - 1) / lanes;
-    const int64_t fitting = kFanInChunkBytes / std::max<int64_t>(8 * size.fan_in, 1);
-    const int64_t sharing = size.out_features / 16;  // leave some for other threads
-    chunk = std::max<int64_t>(std::min(fitting, sharing) / kFanInTile, 1) * kFanInTile;
+  // For gradients: whole vectors, and two of them halve the sums across lanes.
+  FanInPlan(const FanInSizes& sizes, int64_t vector_lanes) : size(sizes), lanes(vector_lanes) {
+    if (size.batch > lanes && size.in_features * 2 * lanes * 4 <= kFanInPanelBytes) lanes *= 2;
+    cut();
+  }
+
+  // For logits alone, where loads of x are the limit: as narrow as the batch, and never wider than
+  // a line, since half of a panel of lines is still in L1 when it is wanted again.
+  static FanInPlan for_logits(const FanInSizes& sizes) {
+    FanInPlan plan(sizes);
+    plan.lanes = sizes.batch > 1 ? 4 : 1;
+    while (plan.lanes < std::min(sizes.batch, kFanInLogitLanes)) plan.lanes *= 2;
+    plan.cut();
+    return plan;
   }
 
   int64_t chunks() const { return (size.out_features + chunk - 1) / chunk; }
@@ -60,6 +65,16 @@ struct FanInPlan {
     return count;
   }
   int64_t slabs(int64_t budget_bytes) const { return slabs(budget_bytes, 4 * input_elements()); }
+
+ private:
+  explicit FanInPlan(const FanInSizes& sizes) : size(sizes) {}
+
+  void cut() {
+    panels = (size.batch + lanes - 1) / lanes;
+    const int64_t fitting = kFanInChunkBytes / std::max<int64_t>(8 * size.fan_in, 1);
+    const int64_t sharing = size.out_features / 16;  // leave some for other threads
+    chunk = std::max<int64_t>(std::min(fitting, sharing) / kFanInTile, 1) * kFanInTile;
+  }
 };
 
 inline int64_t bytes_of(const Tensor& t) { return t.numel() * int64_t(t.element_size()); }
@@ -110,25 +125,30 @@ struct FanInIndices {
   explicit FanInIndices(const Tensor& indices)
       : data(indices.const_data_ptr()), narrow(indices.scalar_type() == ScalarType::Short) {}
 
-  // offsets[i] = indices[first + i] * lanes; false when one is outside [0, limit)
+  const void* at(int64_t i) const {
+    return narrow ? static_cast<const void*>(static_cast<const int16_t*>(data) + i)
+                  : static_cast<const void*>(static_cast<const int32_t*>(data) + i);
+  }
+  int64_t bytes_each() const { return narrow ? sizeof(int16_t) : sizeof(int32_t); }
+  int64_t column(int64_t i) const {
+    return narrow ? static_cast<const int16_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+
+  // whether indices [first, first + count) are in [0, limit)
   template <class T>
-  bool scale(const FanInKernels<T>& kernels, int64_t first, int64_t count, int64_t limit,
-             int64_t lanes, int32_t* offsets) const {
-    if (narrow)
-      return kernels.scale16(static_cast<const int16_t*>(data) + first, count, limit, lanes,
-                             offsets);
-    return kernels.scale32(static_cast<const int32_t*>(data) + first, count, limit, lanes, offsets);
+  bool in_range(const FanInKernels<T>& kernels, int64_t first, int64_t count, int64_t limit) const {
+    if (narrow) return kernels.in_range16(static_cast<const int16_t*>(at(first)), count, limit);
+    return kernels.in_range32(static_cast<const int32_t*>(at(first)), count, limit);
   }
 
   template <class T>
   void dots(const FanInKernels<T>& kernels, const float* input, const T* weight, const T* bias,
-            const int64_t* labels, int64_t first, int64_t count, const FanInSizes& size,
-            float* out) const {
+            const int64_t* labels, int64_t count, const FanInSizes& size, float* out) const {
     if (narrow)
-      kernels.dots16(input, weight, static_cast<const int16_t*>(data), bias, labels, first, count,
+      kernels.dots16(input, weight, static_cast<const int16_t*>(data), bias, labels, count,
                      size.fan_in, size.group_size, out);
     else
-      kernels.dots32(input, weight, static_cast<const int32_t*>(data), bias, labels, first, count,
+      kernels.dots32(input, weight, static_cast<const int32_t*>(data), bias, labels, count,
                      size.fan_in, size.group_size, out);
   }
 };
@@ -146,17 +166,15 @@ void check_index_range(const FanInSizes& size, const Tensor& indices) {
   std::atomic<bool> valid{true};
   parallel_for((count + kBlock - 1) / kBlock, kIndicesPerCheck / kBlock,
                [&](int64_t begin, int64_t end) {
-                 Scratch<int32_t> ignored(kBlock);
-                 for (int64_t i = begin * kBlock; i < std::min(end * kBlock, count); i += kBlock)
-                   if (!source.scale(fan_in_kernels<T>(), i, std::min(kBlock, count - i),
-                                     size.in_features, 1, ignored.get()))
-                     valid = false;
+                 const int64_t first = begin * kBlock, last = std::min(end * kBlock, count);
+                 if (!source.in_range(fan_in_kernels<T>(), first, last - first, size.in_features))
+                   valid = false;
                });
   if (!valid) raise_index_range(size.in_features);
 }
 
-// A chunk of labels, its indices turned into offsets and its weights into float32. One for each
-// thread, filled again for each chunk.
+// A chunk of labels, its indices checked and its weights in float32. One for each thread, filled
+// again for each chunk.
 template <class T>
 class FanInChunk {
  public:
@@ -165,7 +183,6 @@ class FanInChunk {
         indices_(indices),
         weight_(weight),
         bias_(bias),
-        offsets_(((plan.chunk - 1) / plan.size.group_size + 2) * plan.size.fan_in),
         wide_weight_(std::is_same_v<T, float> || !weight ? 0 : plan.chunk * plan.size.fan_in),
         wide_bias_(bias ? plan.chunk : 0) {}
 
@@ -174,8 +191,8 @@ class FanInChunk {
     const auto& kernels = fan_in_kernels<T>();
     const FanInSizes& size = plan_.size;
     const int64_t row = begin / size.group_size, row_end = (end - 1) / size.group_size + 1;
-    if (!indices_.scale(kernels, row * size.fan_in, (row_end - row) * size.fan_in, size.in_features,
-                        plan_.lanes, offsets_.get()))
+    if (!indices_.in_range(kernels, row * size.fan_in, (row_end - row) * size.fan_in,
+                           size.in_features))
       return false;
     begin_ = begin;
     if (weight_) {
@@ -191,16 +208,28 @@ class FanInChunk {
     return true;
   }
 
-  FanInTile tile(int64_t label, int64_t labels) {
+  // fetch_next: the first pass over this chunk also fetches the next one into the cache.
+  FanInTile tile(int64_t label, int64_t labels, bool fetch_next = false) {
+    const FanInSizes& size = plan_.size;
     const int64_t at = label - begin_;
-    return {current_ ? current_ + at * plan_.size.fan_in : nullptr,
-            bias_ ? wide_bias_.get() + at : nullptr,
-            offsets_.get(),
-            begin_ % plan_.size.group_size + at,
-            labels,
-            plan_.size.fan_in,
-            plan_.size.group_size,
-            plan_.lanes};
+    FanInTile tile = {current_ ? current_ + at * size.fan_in : nullptr,
+                      bias_ ? wide_bias_.get() + at : nullptr,
+                      indices_.at(begin_ / size.group_size * size.fan_in),
+                      indices_.narrow,
+                      begin_ % size.group_size + at,
+                      labels,
+                      size.fan_in,
+                      size.group_size,
+                      plan_.lanes,
+                      {}};
+    if (fetch_next && label + plan_.chunk < size.out_features) {
+      const int64_t next = label + plan_.chunk, row_bytes = size.fan_in * indices_.bytes_each();
+      tile.ahead[0] = {reinterpret_cast<const char*>(weight_ + next * size.fan_in),
+                       size.fan_in * int64_t(sizeof(T))};
+      tile.ahead[1] = {static_cast<const char*>(indices_.data) + next * row_bytes / size.group_size,
+                       row_bytes / size.group_size};
+    }
+    return tile;
   }
 
   // The float32 weights and biases of the chunk, to be changed in place; the weights are the
@@ -215,8 +244,33 @@ class FanInChunk {
   const T* bias_;
   const float* current_ = nullptr;
   int64_t begin_ = 0;
-  Scratch<int32_t> offsets_;
   Scratch<float> wide_weight_, wide_bias_;
+};
+
+// The gradient of a chunk of a tensor, in float32: summed in its own place where it holds float32,
+// else in scratch of the size of a chunk.
+template <class T>
+class FanInChunkSums {
+ public:
+  FanInChunkSums(T* target, int64_t elements)
+      : target_(target), wide_(std::is_same_v<T, float> && target ? 0 : elements) {}
+
+  // of the elements from `first` on
+  float* at(int64_t first) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (target_) return target_ + first;
+    }
+    return wide_.get();
+  }
+  void write(int64_t first, int64_t count) {
+    if constexpr (!std::is_same_v<T, float>) {
+      if (target_) fan_in_kernels<T>().narrow(wide_.get(), count, target_ + first);
+    }
+  }
+
+ private:
+  T* const target_;  // null: the sums are for the caller alone
+  Scratch<float> wide_;
 };
 
 // body(first label, labels) over [begin, end), tile by tile.

@@ -8,59 +8,20 @@ namespace recsparse {
 namespace RS_ISA {
 namespace {
 
-// Labels worked on together: with two vectors each their accumulators hide the latency of a
-// multiply-add. Labels that share their inputs also share the loads, so more of them pay; AVX-512
-// has 32 registers for it, the others 16.
+// Labels worked on together: their accumulators hide the latency of a multiply-add. Labels that
+// share their inputs also share the loads, so more of them pay; AVX-512 has 32 registers for it,
+// the others 16.
 constexpr int kSeparate = 4;
 #if defined(RS_ISA_AVX512)
 constexpr int kShared = 8;
 #else
 constexpr int kShared = 4;
 #endif
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ---- layout ----
-
-template <class T>
-void pack(const T* source, int64_t stride, int64_t rows, int64_t columns, int64_t lanes,
-          float* panel) {
-  for (int64_t c = 0; c < columns; c += kLanes) {
-    const int64_t width = smaller(kLanes, columns - c);
-    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const int64_t r = lane + i;
-        block[i] = r >= rows        ? zero()
-                   : width < kLanes ? load_first(source + r * stride + c, width)
-                                    : load(source + r * stride + c);
-      }
-      transpose(block);
-      for (int64_t i = 0; i < width; ++i) store(panel + (c + i) * lanes + lane, block[i]);
-    }
-  }
-}
-
-template <class T>
-void unpack(const float* panel, int64_t rows, int64_t columns, int64_t lanes, T* target,
-            int64_t stride) {
-  for (int64_t lane = 0; lane < rows; lane += kLanes) {
-    const int64_t height = smaller(kLanes, rows - lane);
-    for (int64_t c = 0; c < columns; c += kLanes) {
-      const int64_t width = smaller(kLanes, columns - c);
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        block[i] = i < width ? load(panel + (c + i) * lanes + lane) : zero();
-      transpose(block);
-      T* out = target + lane * stride + c;
-      if (width == kLanes) {
-        for (int64_t i = 0; i < height; ++i) store(out + i * stride, block[i]);
-      } else {
-        for (int64_t i = 0; i < height; ++i) store_first(out + i * stride, block[i], width);
-      }
-    }
-  }
-}
 
 template <class T>
 void widen(const T* source, int64_t count, float* target) {
@@ -76,8 +37,77 @@ void narrow(const float* source, int64_t count, T* target) {
   if (i < count) store_first(target + i, load_first(source + i, count - i), count - i);
 }
 
+template <class T>
+void pack(const T* source, int64_t stride, int64_t rows, int64_t columns, int64_t lanes,
+          float* panel) {
+  if (lanes == 1) return widen(source, columns, panel);
+  const int64_t stored = smaller(lanes, kLanes);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const int64_t width = smaller(kLanes, columns - c);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t r = lane + i;
+        block[i] = r >= rows        ? zero()
+                   : width < kLanes ? load_first(source + r * stride + c, width)
+                                    : load(source + r * stride + c);
+      }
+      transpose(block);
+      float* out = panel + c * lanes + lane;
+      if (stored == kLanes) {
+        for (int64_t i = 0; i < width; ++i) store(out + i * lanes, block[i]);
+      } else {
+        for (int64_t i = 0; i < width; ++i) store_first(out + i * lanes, block[i], stored);
+      }
+    }
+  }
+}
+
+template <class T>
+void unpack(const float* panel, int64_t rows, int64_t columns, int64_t lanes, T* target,
+            int64_t stride) {
+  if (lanes == 1) return narrow(panel, columns, target);
+  const int64_t stored = smaller(lanes, kLanes);
+  for (int64_t lane = 0; lane < rows; lane += kLanes) {
+    const int64_t height = smaller(kLanes, rows - lane);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      const int64_t width = smaller(kLanes, columns - c);
+      Vec block[kLanes];
+      const float* in = panel + c * lanes + lane;
+      for (int i = 0; i < kLanes; ++i)
+        block[i] = i >= width         ? zero()
+                   : stored == kLanes ? load(in + i * lanes)
+                                      : load_first(in + i * lanes, stored);
+      transpose(block);
+      T* out = target + lane * stride + c;
+      if (width == kLanes) {
+        for (int64_t i = 0; i < height; ++i) store(out + i * stride, block[i]);
+      } else {
+        for (int64_t i = 0; i < height; ++i) store_first(out + i * stride, block[i], width);
+      }
+    }
+  }
+}
+
 void add(const float* source, int64_t count, float* target) {
   for (int64_t i = 0; i < count; ++i) target[i] += source[i];
+}
+
+template <class T>
+void stream_rows(const T* source, int64_t pitch, int64_t rows, int64_t count, T* target,
+                 int64_t stride) {
+  constexpr int64_t kBytes = kLanes * sizeof(float), kStep = kBytes / sizeof(T);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* in = source + r * pitch;
+    T* out = target + r * stride;
+    const int64_t past = int64_t(reinterpret_cast<uintptr_t>(out) % kBytes / sizeof(T));
+    int64_t i = smaller(past ? kStep - past : 0, count);
+    std::memcpy(out, in, size_t(i) * sizeof(T));
+    for (; i + kStep <= count; i += kStep)  // whichever bits they are
+      stream(reinterpret_cast<float*>(out + i), load(reinterpret_cast<const float*>(in + i)));
+    std::memcpy(out + i, in + i, size_t(count - i) * sizeof(T));
+  }
+  stream_end();
 }
 
 uint32_t mix(uint32_t x) {  // a 32-bit integer hash: multiply and xor-shift
@@ -103,25 +133,95 @@ void narrow_stochastic(const float* source, int64_t count, int64_t first, uint64
     }
 }
 
-template <class Index>
-bool scale_indices(const Index* indices, int64_t count, int64_t limit, int64_t lanes,
-                   int32_t* offsets) {
-  const uint32_t bound = uint32_t(limit), factor = uint32_t(lanes);
-  uint32_t outside = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t index = uint32_t(int32_t(indices[i]));
-    outside |= uint32_t(index >= bound);
-    offsets[i] = int32_t(index * factor);
+// ---- indices ----
+
+// indices of a tile as the type they are stored in
+template <class F>
+RS_INLINE void with_indices(const FanInTile& tile, F f) {
+  if (tile.narrow) return f(static_cast<const int16_t*>(tile.indices));
+  f(static_cast<const int32_t*>(tile.indices));
+}
+
+template <class Index, class Bits>
+bool in_range(const Index* indices, int64_t count, int64_t limit) {
+  Bits highest = 0;  // a negative index is above every other
+  for (int64_t i = 0; i < count; ++i)
+    highest = Bits(indices[i]) > highest ? Bits(indices[i]) : highest;
+  const bool negative = highest >> (8 * sizeof(Bits) - 1);
+  return count == 0 || (!negative && int64_t(highest) < limit);
+}
+
+// Four indices in one or two loads; all are known to be in range.
+RS_INLINE void read_four(const int16_t* p, int64_t* at) {
+  uint64_t bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  at[0] = int64_t(bits & 0xffff);
+  at[1] = int64_t(bits >> 16 & 0xffff);
+  at[2] = int64_t(bits >> 32 & 0xffff);
+  at[3] = int64_t(bits >> 48);
+}
+RS_INLINE void read_four(const int32_t* p, int64_t* at) {
+  uint64_t bits[2];
+  std::memcpy(bits, p, sizeof(bits));
+  for (int i = 0; i < 2; ++i) {
+    at[2 * i] = int64_t(bits[i] & 0xffffffff);
+    at[2 * i + 1] = int64_t(bits[i] >> 32);
   }
-  return outside == 0;
+}
+
+// Bytes [begin, end) from base, which may lie past the tensor: only a hint to the cache.
+RS_INLINE void prefetch(const char* base, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kLine) __builtin_prefetch(base + i, 0, 2);
+}
+// What a later pass reads in the place of labels [label, label + labels).
+RS_INLINE void prefetch_ahead(const FanInTile& tile, int64_t label, int64_t labels) {
+  for (const FanInAhead& a : tile.ahead)
+    if (a.base) prefetch(a.base, label * a.bytes_per_label, (label + labels) * a.bytes_per_label);
 }
 
 // ---- logits ----
 
-// kLabels labels against one panel; kPitch: their offsets are fan_in apart, or the same row.
-template <int kLabels, int kVecs, bool kOwnInputs>
-RS_INLINE void logits_block(const FanInTile& tile, int64_t label, const int32_t* offsets,
-                            const float* panel, float* logits) {
+// Labels with inputs of their own, against a panel of kVecs vectors.
+template <int kLabels, int kVecs, class Index>
+RS_INLINE void logits_separate(const FanInTile& tile, int64_t label, const Index* indices,
+                               const float* panel, float* logits) {
+  constexpr int64_t kRow = kVecs * kLanes;
+  const int64_t fan_in = tile.fan_in;
+  const float* weight = tile.weight + label * fan_in;
+  Vec sum[kLabels][kVecs];
+  for (int j = 0; j < kLabels; ++j)
+    for (int v = 0; v < kVecs; ++v)
+      sum[j][v] = tile.bias ? broadcast(tile.bias[label + j]) : zero();
+  const auto add = [&](int j, Vec w, int64_t at) __attribute__((always_inline)) {
+    for (int v = 0; v < kVecs; ++v)
+      sum[j][v] = fmadd(w, load(panel + at * kRow + v * kLanes), sum[j][v]);
+  };
+  int64_t f = 0;
+  for (; f + 4 <= fan_in; f += 4) {
+    for (int j = 0; j < kLabels; ++j) {
+      // a load of four weights and shuffles: the loads of x keep the load ports busy
+      const Vec weights = load_quads(weight + j * fan_in + f);
+      int64_t at[4];
+      read_four(indices + j * fan_in + f, at);
+      add(j, quad_lane<0>(weights), at[0]);
+      add(j, quad_lane<1>(weights), at[1]);
+      add(j, quad_lane<2>(weights), at[2]);
+      add(j, quad_lane<3>(weights), at[3]);
+    }
+  }
+  for (; f < fan_in; ++f)
+    for (int j = 0; j < kLabels; ++j)
+      add(j, broadcast(weight[j * fan_in + f]), int64_t(indices[j * fan_in + f]));
+  float* out = logits + label * kRow;
+  for (int j = 0; j < kLabels; ++j)
+    for (int v = 0; v < kVecs; ++v) store(out + (j * kVecs + v) * kLanes, sum[j][v]);
+}
+
+// Labels that share their inputs.
+template <int kLabels, int kVecs, class Index>
+RS_INLINE void logits_shared(const FanInTile& tile, int64_t label, const Index* indices,
+                             const float* panel, float* logits) {
+  constexpr int64_t kRow = kVecs * kLanes;
   const int64_t fan_in = tile.fan_in;
   const float* weight = tile.weight + label * fan_in;
   Vec sum[kLabels][kVecs];
@@ -129,68 +229,113 @@ RS_INLINE void logits_block(const FanInTile& tile, int64_t label, const int32_t*
     for (int v = 0; v < kVecs; ++v)
       sum[j][v] = tile.bias ? broadcast(tile.bias[label + j]) : zero();
   for (int64_t f = 0; f < fan_in; ++f) {
-    if constexpr (kOwnInputs) {
-      for (int j = 0; j < kLabels; ++j) {
-        const Vec w = broadcast(weight[j * fan_in + f]);
-        const float* x = panel + offsets[j * fan_in + f];
-        for (int v = 0; v < kVecs; ++v) sum[j][v] = fmadd(w, load(x + v * kLanes), sum[j][v]);
-      }
-    } else {
-      const float* row = panel + offsets[f];
-      Vec x[kVecs];
-      for (int v = 0; v < kVecs; ++v) x[v] = load(row + v * kLanes);
-      for (int j = 0; j < kLabels; ++j) {
-        const Vec w = broadcast(weight[j * fan_in + f]);
-        for (int v = 0; v < kVecs; ++v) sum[j][v] = fmadd(w, x[v], sum[j][v]);
-      }
+    const float* row = panel + int64_t(indices[f]) * kRow;
+    Vec x[kVecs];
+    for (int v = 0; v < kVecs; ++v) x[v] = load(row + v * kLanes);
+    for (int j = 0; j < kLabels; ++j) {
+      const Vec w = broadcast(weight[j * fan_in + f]);
+      for (int v = 0; v < kVecs; ++v) sum[j][v] = fmadd(w, x[v], sum[j][v]);
     }
   }
-  float* out = logits + label * kVecs * kLanes;
+  float* out = logits + label * kRow;
   for (int j = 0; j < kLabels; ++j)
     for (int v = 0; v < kVecs; ++v) store(out + (j * kVecs + v) * kLanes, sum[j][v]);
 }
 
-template <int kVecs>
-void logits_of(const FanInTile& tile, const float* panel, float* logits) {
+template <int kVecs, class Index>
+void logits_of(const FanInTile& tile, const Index* all, const float* panel, float* logits) {
   int64_t label = 0;
   if (tile.group_size == 1) {
-    const auto offsets = [&] { return tile.offsets + (tile.first + label) * tile.fan_in; };
-    for (; label + kSeparate <= tile.labels; label += kSeparate)
-      logits_block<kSeparate, kVecs, true>(tile, label, offsets(), panel, logits);
+    const auto indices = [&] { return all + (tile.first + label) * tile.fan_in; };
+    for (; label + kSeparate <= tile.labels; label += kSeparate) {
+      prefetch_ahead(tile, label, kSeparate);
+      logits_separate<kSeparate, kVecs>(tile, label, indices(), panel, logits);
+    }
     for (; label < tile.labels; ++label)
-      logits_block<1, kVecs, true>(tile, label, offsets(), panel, logits);
+      logits_separate<1, kVecs>(tile, label, indices(), panel, logits);
     return;
   }
   while (label < tile.labels) {
     const int64_t place = tile.first + label;
     const int64_t end = smaller(tile.labels, label + tile.group_size - place % tile.group_size);
-    const int32_t* offsets = tile.offsets + place / tile.group_size * tile.fan_in;
-    for (; label + kShared <= end; label += kShared)
-      logits_block<kShared, kVecs, false>(tile, label, offsets, panel, logits);
+    const Index* indices = all + place / tile.group_size * tile.fan_in;
+    for (; label + kShared <= end; label += kShared) {
+      prefetch_ahead(tile, label, kShared);
+      logits_shared<kShared, kVecs>(tile, label, indices, panel, logits);
+    }
     for (; label + 2 <= end; label += 2)
-      logits_block<2, kVecs, false>(tile, label, offsets, panel, logits);
-    for (; label < end; ++label) logits_block<1, kVecs, false>(tile, label, offsets, panel, logits);
+      logits_shared<2, kVecs>(tile, label, indices, panel, logits);
+    for (; label < end; ++label) logits_shared<1, kVecs>(tile, label, indices, panel, logits);
+  }
+}
+
+// Small batches: a panel of kRows rows, less than a vector. Memory is the limit here, and sharing
+// does not matter.
+template <int kLabels, int kRows, class Index>
+RS_INLINE void logits_small(const FanInTile& tile, int64_t label, const Index* const* indices,
+                            const float* panel, float* logits) {
+  const int64_t fan_in = tile.fan_in;
+  const float* weight = tile.weight + label * fan_in;
+  Narrow<kRows> sum[kLabels];
+  for (int j = 0; j < kLabels; ++j)
+    sum[j] = Narrow<kRows>{} + (tile.bias ? tile.bias[label + j] : 0.0f);
+  int64_t f = 0;
+  for (; f + 4 <= fan_in; f += 4) {
+    for (int j = 0; j < kLabels; ++j) {
+      int64_t at[4];
+      read_four(indices[j] + f, at);
+      for (int i = 0; i < 4; ++i)
+        sum[j] += weight[j * fan_in + f + i] * load_narrow<kRows>(panel + at[i] * kRows);
+    }
+  }
+  for (; f < fan_in; ++f)
+    for (int j = 0; j < kLabels; ++j)
+      sum[j] += weight[j * fan_in + f] * load_narrow<kRows>(panel + int64_t(indices[j][f]) * kRows);
+  for (int j = 0; j < kLabels; ++j) store_narrow<kRows>(logits + (label + j) * kRows, sum[j]);
+}
+
+template <int kRows, class Index>
+void logits_small_of(const FanInTile& tile, const Index* all, const float* panel, float* logits) {
+  const auto indices = [&](int64_t label) {
+    const int64_t place = tile.first + label;
+    return all + (tile.group_size == 1 ? place : place / tile.group_size) * tile.fan_in;
+  };
+  int64_t label = 0;
+  for (; label + kSeparate <= tile.labels; label += kSeparate) {
+    prefetch_ahead(tile, label, kSeparate);
+    const Index* own[kSeparate];
+    for (int j = 0; j < kSeparate; ++j) own[j] = indices(label + j);
+    logits_small<kSeparate, kRows>(tile, label, own, panel, logits);
+  }
+  for (; label < tile.labels; ++label) {
+    const Index* own = indices(label);
+    logits_small<1, kRows>(tile, label, &own, panel, logits);
   }
 }
 
 void logits(const FanInTile& tile, const float* panel, float* logits) {
-  if (tile.lanes == kLanes) return logits_of<1>(tile, panel, logits);
-  logits_of<2>(tile, panel, logits);
+  with_indices(tile, [&](const auto* indices) {
+    if (tile.lanes == 1) return logits_small_of<1>(tile, indices, panel, logits);
+    if (tile.lanes == 4) return logits_small_of<4>(tile, indices, panel, logits);
+    if (tile.lanes == kLanes) return logits_of<1>(tile, indices, panel, logits);
+    if (tile.lanes == 8) return logits_small_of<8>(tile, indices, panel, logits);
+    logits_of<2>(tile, indices, panel, logits);
+  });
 }
 
 // ---- gradients ----
 
 RS_INLINE void write_sums(const FanInGradients& out, int64_t at, Vec sums, int64_t count) {
   float* target = out.weight + at;
-  if (out.add) sums = sums + load_first(target, count);
-  store_first(target, sums, count);
+  if (count == kLanes) return store(target, out.add ? sums + load(target) : sums);
+  store_first(target, out.add ? sums + load_first(target, count) : sums, count);
 }
 
 // One label: a row of the weight gradient is `count` dot products over the batch, which are folded
 // together; the panel gradient is added to row by row, so that repeated indices add up.
-template <int kVecs, bool kInput, bool kWeight>
+template <int kVecs, bool kInput, bool kWeight, class Index>
 RS_INLINE void gradients_block(const FanInTile& tile, int64_t label, int64_t f, int64_t count,
-                               const int32_t* offsets, const float* panel, const Vec* grad,
+                               const Index* indices, const float* panel, const Vec* grad,
                                const FanInGradients& out) {
   Vec products[kLanes];
 #pragma GCC unroll 16
@@ -199,7 +344,7 @@ RS_INLINE void gradients_block(const FanInTile& tile, int64_t label, int64_t f, 
       products[i] = zero();
       continue;
     }
-    const int32_t offset = offsets[f + i];
+    const int64_t offset = int64_t(indices[f + i]) * (kVecs * kLanes);
     if constexpr (kWeight) {
       products[i] = grad[0] * load(panel + offset);
       if constexpr (kVecs == 2)
@@ -215,24 +360,24 @@ RS_INLINE void gradients_block(const FanInTile& tile, int64_t label, int64_t f, 
   if constexpr (kWeight) write_sums(out, label * tile.fan_in + f, sum_each(products), count);
 }
 
-template <int kVecs, bool kInput, bool kWeight>
-void gradients_label(const FanInTile& tile, int64_t label, const int32_t* offsets,
-                     const float* panel, const float* grad_logits, const FanInGradients& out) {
+template <int kVecs, bool kInput, bool kWeight, class Index>
+void gradients_label(const FanInTile& tile, int64_t label, const Index* indices, const float* panel,
+                     const float* grad_logits, const FanInGradients& out) {
   Vec grad[kVecs];
   for (int v = 0; v < kVecs; ++v) grad[v] = load(grad_logits + (label * kVecs + v) * kLanes);
   int64_t f = 0;
   for (; f + kLanes <= tile.fan_in; f += kLanes)
-    gradients_block<kVecs, kInput, kWeight>(tile, label, f, kLanes, offsets, panel, grad, out);
+    gradients_block<kVecs, kInput, kWeight>(tile, label, f, kLanes, indices, panel, grad, out);
   if (f < tile.fan_in)
-    gradients_block<kVecs, kInput, kWeight>(tile, label, f, tile.fan_in - f, offsets, panel, grad,
+    gradients_block<kVecs, kInput, kWeight>(tile, label, f, tile.fan_in - f, indices, panel, grad,
                                             out);
 }
 
 // Labels [begin, end) of one group: their products are summed in registers, and each row of the
 // panel gradient is touched once.
-template <int kInputs, int kVecs>
+template <int kInputs, int kVecs, class Index>
 RS_INLINE void grad_panel_block(const FanInTile& tile, int64_t begin, int64_t end, int64_t f,
-                                const int32_t* offsets, const float* grad_logits,
+                                const Index* indices, const float* grad_logits,
                                 const FanInGradients& out) {
   Vec sum[kInputs][kVecs];
   for (int i = 0; i < kInputs; ++i)
@@ -247,41 +392,102 @@ RS_INLINE void grad_panel_block(const FanInTile& tile, int64_t begin, int64_t en
     }
   }
   for (int i = 0; i < kInputs; ++i) {
-    float* row = out.input + offsets[f + i];
+    float* row = out.input + int64_t(indices[f + i]) * (kVecs * kLanes);
     for (int v = 0; v < kVecs; ++v) store(row + v * kLanes, load(row + v * kLanes) + sum[i][v]);
   }
 }
 
-template <int kVecs>
-void gradients_of(const FanInTile& tile, const float* panel, const float* grad_logits,
-                  const FanInGradients& out) {
+// kLabels rows of a group's weight gradient, kWidth vectors of inputs:
+//   [labels, inputs] = grad_logits [labels, lanes] * x [lanes, inputs]
+template <int kLabels, int kWidth>
+RS_INLINE void grad_weight_block(const FanInTile& tile, int64_t label, int64_t f, int64_t count,
+                                 const float* x, const float* grad_logits,
+                                 const FanInGradients& out) {
+  Vec sum[kLabels][kWidth];
+  for (int j = 0; j < kLabels; ++j)
+    for (int v = 0; v < kWidth; ++v) sum[j][v] = zero();
+  const float* grad = grad_logits + label * tile.lanes;
+  for (int64_t b = 0; b < tile.lanes; ++b) {
+    Vec inputs[kWidth];
+    for (int v = 0; v < kWidth; ++v) inputs[v] = load(x + (b * kWidth + v) * kLanes);
+    for (int j = 0; j < kLabels; ++j) {
+      const Vec g = broadcast(grad[j * tile.lanes + b]);
+      for (int v = 0; v < kWidth; ++v) sum[j][v] = fmadd(g, inputs[v], sum[j][v]);
+    }
+  }
+  for (int j = 0; j < kLabels; ++j)
+    for (int v = 0; v < kWidth; ++v)
+      if (count > v * kLanes)
+        write_sums(out, (label + j) * tile.fan_in + f + v * kLanes, sum[j][v],
+                   smaller(kLanes, count - v * kLanes));
+}
+
+// Labels [begin, end) of one group: the inputs they share are gathered and transposed once, and
+// the rest is a product of two small matrices.
+template <int kVecs, class Index>
+void grad_weight_group(const FanInTile& tile, int64_t begin, int64_t end, const Index* indices,
+                       const float* panel, const float* grad_logits, const FanInGradients& out) {
+  constexpr int kWidth = 2;
+  constexpr int64_t kInputs = kWidth * kLanes;
+  alignas(64) float x[kVecs * kLanes * kInputs];  // [lanes][kInputs]
+  for (int64_t f = 0; f < tile.fan_in; f += kInputs) {
+    const int64_t count = smaller(kInputs, tile.fan_in - f);
+    for (int v = 0; v < kVecs; ++v) {
+      for (int w = 0; w < kWidth; ++w) {
+        Vec block[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t at = w * kLanes + i;
+          block[i] =
+              at < count ? load(panel + (int64_t(indices[f + at]) * kVecs + v) * kLanes) : zero();
+        }
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i)
+          store(x + (v * kLanes + i) * kInputs + w * kLanes, block[i]);
+      }
+    }
+    int64_t label = begin;
+    for (; label + kShared <= end; label += kShared)
+      grad_weight_block<kShared, kWidth>(tile, label, f, count, x, grad_logits, out);
+    for (; label < end; ++label)
+      grad_weight_block<1, kWidth>(tile, label, f, count, x, grad_logits, out);
+  }
+}
+
+template <int kVecs, class Index>
+void gradients_of(const FanInTile& tile, const Index* all, const float* panel,
+                  const float* grad_logits, const FanInGradients& out) {
   int64_t label = 0;
   if (tile.group_size == 1) {
     for (; label < tile.labels; ++label) {
-      const int32_t* offsets = tile.offsets + (tile.first + label) * tile.fan_in;
+      const Index* indices = all + (tile.first + label) * tile.fan_in;
       if (out.input && out.weight)
-        gradients_label<kVecs, true, true>(tile, label, offsets, panel, grad_logits, out);
+        gradients_label<kVecs, true, true>(tile, label, indices, panel, grad_logits, out);
       else if (out.input)
-        gradients_label<kVecs, true, false>(tile, label, offsets, panel, grad_logits, out);
+        gradients_label<kVecs, true, false>(tile, label, indices, panel, grad_logits, out);
       else if (out.weight)
-        gradients_label<kVecs, false, true>(tile, label, offsets, panel, grad_logits, out);
+        gradients_label<kVecs, false, true>(tile, label, indices, panel, grad_logits, out);
     }
     return;
   }
   while (label < tile.labels) {
     const int64_t place = tile.first + label;
     const int64_t end = smaller(tile.labels, label + tile.group_size - place % tile.group_size);
-    const int32_t* offsets = tile.offsets + place / tile.group_size * tile.fan_in;
+    const Index* indices = all + place / tile.group_size * tile.fan_in;
     if (out.input) {
       int64_t f = 0;
       for (; f + 4 <= tile.fan_in; f += 4)
-        grad_panel_block<4, kVecs>(tile, label, end, f, offsets, grad_logits, out);
+        grad_panel_block<4, kVecs>(tile, label, end, f, indices, grad_logits, out);
       for (; f < tile.fan_in; ++f)
-        grad_panel_block<1, kVecs>(tile, label, end, f, offsets, grad_logits, out);
+        grad_panel_block<1, kVecs>(tile, label, end, f, indices, grad_logits, out);
     }
-    if (out.weight)
-      for (int64_t l = label; l < end; ++l)
-        gradients_label<kVecs, false, true>(tile, l, offsets, panel, grad_logits, out);
+    if (out.weight) {
+      if (end - label >= kShared) {
+        grad_weight_group<kVecs>(tile, label, end, indices, panel, grad_logits, out);
+      } else {
+        for (int64_t l = label; l < end; ++l)
+          gradients_label<kVecs, false, true>(tile, l, indices, panel, grad_logits, out);
+      }
+    }
     label = end;
   }
 }
@@ -296,8 +502,10 @@ void gradients(const FanInTile& tile, const float* panel, const float* grad_logi
       out.bias[label] = sum_lanes(sum) + (out.add ? out.bias[label] : 0.0f);
     }
   }
-  if (tile.lanes == kLanes) return gradients_of<1>(tile, panel, grad_logits, out);
-  gradients_of<2>(tile, panel, grad_logits, out);
+  with_indices(tile, [&](const auto* indices) {
+    if (tile.lanes == kLanes) return gradients_of<1>(tile, indices, panel, grad_logits, out);
+    gradients_of<2>(tile, indices, panel, grad_logits, out);
+  });
 }
 
 // ---- loss ----
@@ -397,12 +605,11 @@ void update(const FanInOptimizer& o, const float* grad, int64_t count, float* we
   }
 }
 
-// ---- small batches, candidates, top-k ----
+// ---- candidates, top-k ----
 
 template <class T, class Index>
 void dots(const float* input, const T* weight, const Index* indices, const T* bias,
-          const int64_t* labels, int64_t first, int64_t count, int64_t fan_in, int64_t group_size,
-          float* out) {
+          const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size, float* out) {
   const int64_t vectors_end = fan_in / kLanes * kLanes;
   for (int64_t begin = 0; begin < count; begin += kLanes) {
     const int64_t width = smaller(kLanes, count - begin);
@@ -411,8 +618,8 @@ void dots(const float* input, const T* weight, const Index* indices, const T* bi
     for (int i = 0; i < kLanes; ++i) {
       sums[i] = zero();
       if (i >= width) continue;
-      const int64_t label = labels ? labels[begin + i] : first + begin + i;
-      if (labels && begin + i + kLanes < count) {  // rows anywhere in memory
+      const int64_t label = labels[begin + i];
+      if (begin + i + kLanes < count) {  // rows anywhere in memory
         const int64_t next = labels[begin + i + kLanes];
         for (int64_t f = 0; f < fan_in; f += 64 / sizeof(T))
           __builtin_prefetch(weight + next * fan_in + f);
@@ -454,8 +661,9 @@ const FanInKernels<T>& fan_in_kernels() {
       &narrow<T>,
       &narrow_stochastic<T>,
       &add,
-      &scale_indices<int16_t>,
-      &scale_indices<int32_t>,
+      &stream_rows<T>,
+      &in_range<int16_t, uint16_t>,
+      &in_range<int32_t, uint32_t>,
       &logits,
       &gradients,
       &loss,

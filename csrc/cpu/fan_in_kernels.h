@@ -1,10 +1,9 @@
 // Inner loops of the fixed fan-in ops. One table for each instruction level and element type.
 //
-// The batch is cut into panels of `lanes` rows (one or two vectors), held transposed and in
-// float32:
+// The batch is cut into panels of `lanes` rows, held transposed and in float32:
 //   input panel [I][lanes], logits or gradient tile [labels][lanes]
 // so that one weight meets `lanes` rows at once and a gather is a plain load of one panel row.
-// Offsets are indices times `lanes`: the element of the panel at which the input's row begins.
+// lanes is one or two vectors; for logits of small batches also 1, 4 or 8.
 #pragma once
 
 #include <cstdint>
@@ -13,13 +12,21 @@
 
 namespace recsparse {
 
+// What a later pass will read in the place of a tile: fetched while the tile is worked on.
+struct FanInAhead {
+  const char* base;  // null: nothing
+  int64_t bytes_per_label;
+};
+
 // Consecutive labels, ready for the kernels, against one panel.
 struct FanInTile {
-  const float* weight;     // [labels, fan_in]
-  const float* bias;       // [labels] or null
-  const int32_t* offsets;  // [rows, fan_in]; label l reads row (first + l) / group_size
-  int64_t first;           // place of the first label in the group of offsets[0]
+  const float* weight;  // [labels, fan_in]
+  const float* bias;    // [labels] or null
+  const void* indices;  // [rows, fan_in], checked; label l reads row (first + l) / group_size
+  bool narrow;          // indices are int16, not int32
+  int64_t first;        // place of the first label in the group of the first row of indices
   int64_t labels, fan_in, group_size, lanes;
+  FanInAhead ahead[2];  // weights, indices
 };
 
 // Where the gradients of a tile go; null: not wanted.
@@ -55,13 +62,15 @@ struct FanInKernels {
                             T* target);
   void (*add)(const float* source, int64_t count, float* target);
 
-  // offsets[i] = indices[i] * lanes; false when an index is outside [0, limit)
-  bool (*scale16)(const int16_t* indices, int64_t count, int64_t limit, int64_t lanes,
-                  int32_t* offsets);
-  bool (*scale32)(const int32_t* indices, int64_t count, int64_t limit, int64_t lanes,
-                  int32_t* offsets);
+  // target[r * stride + c] = source[r * pitch + c], past the caches
+  void (*stream_rows)(const T* source, int64_t pitch, int64_t rows, int64_t count, T* target,
+                      int64_t stride);
 
-  // logits[l][lane] = bias[l] + sum_f weight[l][f] * panel[offsets[l][f] + lane]
+  // whether all are in [0, limit)
+  bool (*in_range16)(const int16_t* indices, int64_t count, int64_t limit);
+  bool (*in_range32)(const int32_t* indices, int64_t count, int64_t limit);
+
+  // logits[l][lane] = bias[l] + sum_f weight[l][f] * panel[indices[l][f]][lane]
   void (*logits)(const FanInTile& tile, const float* panel, float* logits);
   // panel gradient and weight gradient of the same
   void (*gradients)(const FanInTile& tile, const float* panel, const float* grad_logits,
@@ -74,15 +83,14 @@ struct FanInKernels {
   void (*update)(const FanInOptimizer& optimizer, const float* grad, int64_t count, float* weight,
                  float* m, float* v);
 
-  // Small batches and candidates: lanes along the fan-in, weights and indices as they are stored.
-  //   out[i] = bias[l] + sum_f weight[l][f] * input[indices[l / group_size][f]],
-  //   l = labels[i], or first + i where labels is null
+  // Candidates: lanes along the fan-in, weights and indices as they are stored.
+  //   out[i] = bias[l] + sum_f weight[l][f] * input[indices[l / group_size][f]], l = labels[i]
   void (*dots16)(const float* input, const T* weight, const int16_t* indices, const T* bias,
-                 const int64_t* labels, int64_t first, int64_t count, int64_t fan_in,
-                 int64_t group_size, float* out);
+                 const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size,
+                 float* out);
   void (*dots32)(const float* input, const T* weight, const int32_t* indices, const T* bias,
-                 const int64_t* labels, int64_t first, int64_t count, int64_t fan_in,
-                 int64_t group_size, float* out);
+                 const int64_t* labels, int64_t count, int64_t fan_in, int64_t group_size,
+                 float* out);
   // first i >= begin with row[i] > threshold or NaN, else count
   int64_t (*first_above)(const float* row, int64_t begin, int64_t count, float threshold);
 };

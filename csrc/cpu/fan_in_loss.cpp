@@ -162,8 +162,8 @@ double loss_pass(const FanInPlan& plan, const Tensor& input, const Tensor& weigh
   parallel_for(task.slabs, 1, [&](int64_t first, int64_t last) {
     FanInChunk<T> chunk(plan, indices, data<T>(weight), data_or_null<T>(bias));
     Scratch<float> tile(kFanInTile * plan.lanes);
-    Scratch<float> weight_sums(weight_grad ? plan.chunk * size.fan_in : 0);
-    Scratch<float> bias_sums(weight_grad ? plan.chunk : 0);
+    FanInChunkSums<T> weight_sums(out.grad_weight, weight_grad ? plan.chunk * size.fan_in : 0);
+    FanInChunkSums<T> bias_sums(out.grad_bias, weight_grad ? plan.chunk : 0);
     PositiveTerms terms(positives, task.kind, task.scale);
     for (int64_t slab = first; slab < last; ++slab) {
       float* sum = out.partial ? out.partial + slab * plan.input_elements() : nullptr;
@@ -175,9 +175,12 @@ double loss_pass(const FanInPlan& plan, const Tensor& input, const Tensor& weigh
           valid = false;
           continue;
         }
+        const int64_t place = begin * size.fan_in, elements = (end - begin) * size.fan_in;
+        float* grad_weight = weight_sums.at(place);
+        float* grad_bias = bias_sums.at(begin);
         if (weight_grad && plan.panels == 0) {
-          std::memset(weight_sums.get(), 0, size_t((end - begin) * size.fan_in) * sizeof(float));
-          std::memset(bias_sums.get(), 0, size_t(end - begin) * sizeof(float));
+          std::memset(grad_weight, 0, size_t(elements) * sizeof(float));
+          std::memset(grad_bias, 0, size_t(end - begin) * sizeof(float));
         }
         for (int64_t panel = 0; panel < plan.panels; ++panel) {
           const float* x = panels.get() + panel * plan.panel_elements();
@@ -189,18 +192,15 @@ double loss_pass(const FanInPlan& plan, const Tensor& input, const Tensor& weigh
                                                plan.rows_of_panel(panel), plan.lanes, task.scale);
             loss[size_t(slab)] += terms.correct(tile.get(), plan.lanes, panel, label, labels);
             if (!gradients) return;
-            kernels.gradients(
-                at, x, tile.get(),
-                {sum ? sum + panel * plan.panel_elements() : nullptr,
-                 weight_grad ? weight_sums.get() + (label - begin) * size.fan_in : nullptr,
-                 weight_grad ? bias_sums.get() + (label - begin) : nullptr, panel > 0});
+            kernels.gradients(at, x, tile.get(),
+                              {sum ? sum + panel * plan.panel_elements() : nullptr,
+                               weight_grad ? grad_weight + (label - begin) * size.fan_in : nullptr,
+                               weight_grad ? grad_bias + (label - begin) : nullptr, panel > 0});
           });
         }
-        if (out.update) out.update->apply(chunk, begin, end, weight_sums.get(), bias_sums.get());
-        if (out.grad_weight)
-          kernels.narrow(weight_sums.get(), (end - begin) * size.fan_in,
-                         out.grad_weight + begin * size.fan_in);
-        if (out.grad_bias) kernels.narrow(bias_sums.get(), end - begin, out.grad_bias + begin);
+        if (out.update) out.update->apply(chunk, begin, end, grad_weight, grad_bias);
+        weight_sums.write(place, elements);
+        bias_sums.write(begin, end - begin);
       }
     }
   });
@@ -252,8 +252,8 @@ std::tuple<Tensor, Tensor, Tensor> fan_in_loss_grad(
   Tensor grad_input =
       input_grad ? new_zeros(input, {size.batch, size.in_features}) : new_empty(input, {0});
   Tensor grad_weight =
-      weight_grad ? new_zeros(weight, {size.out_features, size.fan_in}) : new_empty(weight, {0});
-  Tensor grad_bias = bias_grad ? new_zeros(weight, {size.out_features}) : new_empty(weight, {0});
+      weight_grad ? new_empty(weight, {size.out_features, size.fan_in}) : new_empty(weight, {0});
+  Tensor grad_bias = bias_grad ? new_empty(weight, {size.out_features}) : new_empty(weight, {0});
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const FanInPlan plan(size, fan_in_kernels<T>().lanes);

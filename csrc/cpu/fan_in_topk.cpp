@@ -20,7 +20,6 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
-constexpr int64_t kGatherRows = 2;        // as in fan_in.cpp
 constexpr int64_t kCandidateBlock = 256;  // candidates a task
 
 // ---- top-k ----
@@ -67,19 +66,15 @@ void topk(const FanInSizes& size, const Tensor& input, const Tensor& weight, con
           const Tensor& labels) {
   const auto& kernels = fan_in_kernels<T>();
   const auto& row_kernels = fan_in_kernels<float>();
-  const FanInPlan plan(size, kernels.lanes);
-  const bool gathers = size.batch <= kGatherRows;
+  const FanInPlan plan = FanInPlan::for_logits(size);
   const int64_t budget = bytes_of(weight) + bytes_of(indices) + bytes_of(values) + bytes_of(labels);
   const int64_t slabs = plan.slabs(budget, size.batch * k * int64_t(sizeof(Scored)));
   Scratch<Scored> best(slabs * size.batch * k);
   Scratch<int64_t> counts(slabs * size.batch);
-  Scratch<float> panels =
-      gathers ? Scratch<float>(size.batch * size.in_features) : pack_panels<T>(plan, input);
-  if (gathers) kernels.widen(data<T>(input), size.batch * size.in_features, panels.get());
-  const FanInIndices source(indices);
+  Scratch<float> panels = pack_panels<T>(plan, input);
   std::atomic<bool> valid{true};
   parallel_for(slabs, 1, [&](int64_t first, int64_t last) {
-    FanInChunk<T> chunk(plan, indices, gathers ? nullptr : data<T>(weight), data_or_null<T>(bias));
+    FanInChunk<T> chunk(plan, indices, data<T>(weight), data_or_null<T>(bias));
     Scratch<float> tile(kFanInTile * plan.lanes), rows(kFanInTile * plan.lanes);
     for (int64_t slab = first; slab < last; ++slab) {
       std::vector<BestList> lists;
@@ -95,16 +90,9 @@ void topk(const FanInSizes& size, const Tensor& input, const Tensor& weight, con
         for (int64_t panel = 0; panel < plan.panels; ++panel) {
           const int64_t height = plan.rows_of_panel(panel), row = panel * plan.lanes;
           for_each_tile(begin, end, [&](int64_t label, int64_t width) {
-            if (gathers) {
-              for (int64_t b = 0; b < height; ++b)
-                source.dots(kernels, panels.get() + b * size.in_features, data<T>(weight),
-                            data_or_null<T>(bias), nullptr, label, width, size,
-                            rows.get() + b * kFanInTile);
-            } else {
-              kernels.logits(chunk.tile(label, width), panels.get() + panel * plan.panel_elements(),
-                             tile.get());
-              row_kernels.unpack(tile.get(), height, width, plan.lanes, rows.get(), kFanInTile);
-            }
+            kernels.logits(chunk.tile(label, width, panel == 0),
+                           panels.get() + panel * plan.panel_elements(), tile.get());
+            row_kernels.unpack(tile.get(), height, width, plan.lanes, rows.get(), kFanInTile);
             for (int64_t b = 0; b < height; ++b)
               lists[size_t(row + b)].scan(row_kernels, rows.get() + b * kFanInTile, width, label);
           });
@@ -194,7 +182,6 @@ Tensor fan_in_score(const Tensor& input, const Tensor& weight, const Tensor& ind
     const int64_t blocks = (count + kCandidateBlock - 1) / kCandidateBlock;
     std::atomic<bool> valid{true};
     parallel_for(size.batch * blocks, 1, [&](int64_t first, int64_t last) {
-      Scratch<int32_t> checked(size.fan_in);
       float scores[kCandidateBlock];
       for (int64_t task = first; task < last; ++task) {
         const int64_t b = task / blocks, begin = task % blocks * kCandidateBlock;
@@ -202,14 +189,14 @@ Tensor fan_in_score(const Tensor& input, const Tensor& weight, const Tensor& ind
         const int64_t* chosen = labels.get() + b * count + begin;
         bool inside = true;
         for (int64_t i = 0; i < width; ++i)
-          inside &= source.scale(kernels, chosen[i] / group_size * size.fan_in, size.fan_in,
-                                 size.in_features, 1, checked.get());
+          inside &= source.in_range(kernels, chosen[i] / group_size * size.fan_in, size.fan_in,
+                                    size.in_features);
         if (!inside) {
           valid = false;
           continue;
         }
         source.dots(kernels, rows.get() + b * size.in_features, data<T>(w), data_or_null<T>(offset),
-                    chosen, 0, width, size, scores);
+                    chosen, width, size, scores);
         kernels.narrow(scores, width, out + b * count + begin);
       }
     });
@@ -238,19 +225,18 @@ Tensor fan_in_score_grad_input(const Tensor& grad_output, const Tensor& weight,
     std::atomic<bool> valid{true};
     parallel_for(size.batch, 1, [&](int64_t first, int64_t last) {  // a row has one writer
       Scratch<float> sum(in_features), row(size.fan_in), grad(count);
-      Scratch<int32_t> column(size.fan_in);
       for (int64_t b = first; b < last; ++b) {
         std::memset(sum.get(), 0, size_t(in_features) * sizeof(float));
         kernels.widen(data<T>(g) + b * count, count, grad.get());
         for (int64_t c = 0; c < count; ++c) {
           const int64_t label = labels.get()[b * count + c];
-          if (!source.scale(kernels, label / group_size * size.fan_in, size.fan_in, in_features, 1,
-                            column.get())) {
+          const int64_t at = label / group_size * size.fan_in;
+          if (!source.in_range(kernels, at, size.fan_in, in_features)) {
             valid = false;
             continue;
           }
           kernels.widen(data<T>(w) + label * size.fan_in, size.fan_in, row.get());
-          for (int64_t f = 0; f < size.fan_in; ++f) sum[column[f]] += grad[c] * row[f];
+          for (int64_t f = 0; f < size.fan_in; ++f) sum[source.column(at + f)] += grad[c] * row[f];
         }
         kernels.narrow(sum.get(), in_features, mutable_data<T>(grad_input) + b * in_features);
       }
@@ -290,11 +276,10 @@ Tensor fan_in_score_grad_weight(const Tensor& grad_output, const Tensor& input,
     std::atomic<bool> valid{true};
     parallel_for(int64_t(runs.size()) - 1, 64, [&](int64_t first, int64_t last) {
       Scratch<float> sum(size.fan_in);
-      Scratch<int32_t> column(size.fan_in);
       for (int64_t run = first; run < last; ++run) {
         const int64_t label = order[size_t(runs[size_t(run)])] / pairs;
-        if (!source.scale(kernels, label / group_size * size.fan_in, size.fan_in, size.in_features,
-                          1, column.get())) {
+        const int64_t at = label / group_size * size.fan_in;
+        if (!source.in_range(kernels, at, size.fan_in, size.in_features)) {
           valid = false;
           continue;
         }
@@ -302,7 +287,8 @@ Tensor fan_in_score_grad_weight(const Tensor& grad_output, const Tensor& input,
         for (int64_t i = runs[size_t(run)]; i < runs[size_t(run) + 1]; ++i) {
           const int64_t pair = order[size_t(i)] % pairs;
           const float* row = rows.get() + pair / count * size.in_features;
-          for (int64_t f = 0; f < size.fan_in; ++f) sum[f] += grad[pair] * row[column[f]];
+          for (int64_t f = 0; f < size.fan_in; ++f)
+            sum[f] += grad[pair] * row[source.column(at + f)];
         }
         kernels.narrow(sum.get(), size.fan_in, mutable_data<T>(grad_weight) + label * size.fan_in);
       }

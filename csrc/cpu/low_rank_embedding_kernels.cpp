@@ -15,9 +15,8 @@
 namespace recsparse::RS_ISA {
 
 constexpr int64_t kRowBlock = 48;  // bags (or rows) projected at a time: 4 or 8 register tiles
-constexpr int64_t kPrefetch =
-    24;                           // lookups ahead: their latency over the few cycles that one takes
-constexpr int64_t kVecBlock = 4;  // vectors of a row pooled in registers at a time
+constexpr int64_t kPrefetch = 32;  // lookups ahead: their latency over the few cycles one takes
+constexpr int64_t kVecBlock = 4;   // vectors of a row pooled in registers at a time
 constexpr int64_t kColumnBlock = 8 * kPanel;
 
 // f(const Index*) with the type of the indices.
@@ -48,9 +47,10 @@ template <class T>
 RS_INLINE void prefetch_row(const T* row, int64_t rank) {
   const char* line = reinterpret_cast<const char*>(row);
   const int64_t bytes = rank * int64_t(sizeof(T));
-  __builtin_prefetch(line);
-  for (int64_t at = 64; at < bytes; at += 64) __builtin_prefetch(line + at);
-  __builtin_prefetch(line + bytes - 1);  // rows that straddle a line
+  // to L2, which keeps more lines under way than L1: a fifth faster than to L1
+  __builtin_prefetch(line, 0, 2);
+  for (int64_t at = 64; at < bytes; at += 64) __builtin_prefetch(line + at, 0, 2);
+  __builtin_prefetch(line + bytes - 1, 0, 2);  // rows that straddle a line
 }
 
 // The sum of weight * table[index][first : first + lanes] over the lookups of a bag, kVecs vectors.

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -41,11 +42,14 @@ inline void check_index_range(const Tensor& indices, const char* name, int64_t l
 
 // starts [bags + 1] from offsets; checks that they begin at 0, do not decrease and end within.
 inline std::vector<int64_t> bag_starts(const Tensor& offsets, int64_t bags, int64_t lookups) {
-  std::vector<int64_t> starts(bags + 1);
-  for (int64_t b = 0; b <= bags; ++b)
-    starts[b] = b < offsets.size(0) ? index_at(offsets, b) : lookups;
-  RS_CHECK_VALUE(starts[0] == 0 || (bags == 0 && offsets.size(0) == 0),
-                 "offsets must begin with 0; got ", starts[0]);
+  std::vector<int64_t> starts(size_t(bags + 1), lookups);
+  const int64_t given = std::min(offsets.numel(), bags + 1);
+  with_index_type(offsets.scalar_type(), "offsets", [&](auto tag) {
+    const auto* values = data<typename decltype(tag)::type>(offsets);
+    for (int64_t b = 0; b < given; ++b) starts[size_t(b)] = values[b];
+  });
+  RS_CHECK_VALUE(starts[0] == 0 || (bags == 0 && given == 0), "offsets must begin with 0; got ",
+                 starts[0]);
   for (int64_t b = 0; b < bags; ++b)
     RS_CHECK_VALUE(starts[b] <= starts[b + 1], "offsets must not decrease or pass the end of ",
                    lookups, " indices; got ", starts[b], " at position ", b, " before ",

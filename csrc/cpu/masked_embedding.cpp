@@ -112,6 +112,7 @@ Tensor masked_embedding_records(const Tensor& like, const Tensor& records, const
     table.mask_elements = (table.mask_bytes + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
     table.row_values = table.mask_elements + kept;
     table.nnz = records.numel();
+    table.last_roomy = table.nnz - mask_word_bytes(embedding_dim) / int64_t(sizeof(T));
     table.mean_bytes = table.nnz * int64_t(sizeof(T)) / std::max<int64_t>(1, num_embeddings);
     table.values = data<T>(records);
     table.starts = data<uint32_t>(starts);

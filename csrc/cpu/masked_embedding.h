@@ -14,6 +14,9 @@ namespace recsparse {
 // Values of the ops' `mode`; kEach: every index is a bag of its own, padding is looked up.
 enum class BagMode : int64_t { kSum = 0, kMean = 1, kMax = 2, kEach = 3 };
 
+// Bytes of a row's mask read as 64-bit words.
+inline int64_t mask_word_bytes(int64_t dim) { return (dim + 63) / 64 * 8; }
+
 template <class T>
 MaskedTable<T> masked_table(const MaskedTableArgs& args) {
   check_masked_table(args);
@@ -24,6 +27,8 @@ MaskedTable<T> masked_table(const MaskedTableArgs& args) {
   table.row_bytes = args.rows.size(1);
   table.rows_size = args.rows.numel();
   table.rows = data<uint8_t>(args.rows);
+  const int64_t room = table.rows_size - mask_word_bytes(table.dim);
+  table.last_roomy = room < 0 ? -1 : room / std::max<int64_t>(1, table.row_bytes);
   table.nnz = args.values.numel();
   table.mean_bytes = table.nnz * int64_t(sizeof(T)) / std::max<int64_t>(1, args.num_embeddings);
   table.values = data<T>(args.values);

@@ -8,13 +8,21 @@ namespace recsparse {
 namespace RS_ISA {
 
 // Two accesses depend on each other, header then values, and each may miss every cache: the header
-// is asked for twice as far ahead. 8 rows are about 2 KB of values, well inside L1.
-constexpr int64_t kAhead = 8;
+// is asked for twice as far ahead. 32 rows of 64 bytes to 1 KB stay within the second cache level.
+constexpr int64_t kAhead = 32;
 
 template <class Reader>
 RS_INLINE void prefetch_ahead(const Reader& reader, const Bags& in, int64_t j, int64_t last) {
   if (j + 2 * kAhead < last) reader.prefetch_header(in.index(j + 2 * kAhead));
   if (j + kAhead < last) reader.prefetch_values(in.index(j + kAhead));
+}
+
+// What prefetch_ahead would have asked for before lookup `begin`.
+template <class Reader>
+RS_INLINE void prefetch_first(const Reader& reader, const Bags& in, int64_t begin, int64_t last) {
+  const int64_t count = last - begin;
+  for (int64_t j = 0; j < 2 * kAhead && j < count; ++j) reader.prefetch_header(in.index(begin + j));
+  for (int64_t j = 0; j < kAhead && j < count; ++j) reader.prefetch_values(in.index(begin + j));
 }
 
 // Columns [column, column + kVectors kLanes) of bags [begin, end).
@@ -25,6 +33,7 @@ bool sum_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t en
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
   bool consistent = true;
+  prefetch_first(reader, in, in.begin(begin), last);
   for (int64_t b = begin; b < end; ++b) {
     Vec acc[kVectors];
     for (int v = 0; v < kVectors; ++v) acc[v] = zero();
@@ -78,6 +87,7 @@ bool max_columns(const Reader& reader, const Bags& in, int64_t begin, int64_t en
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
   bool consistent = true;
+  prefetch_first(reader, in, in.begin(begin), last);
   for (int64_t b = begin; b < end; ++b) {
     Vec best[kVectors];
     Vec place[kVectors];  // int32, only moved, never computed with
@@ -145,6 +155,7 @@ bool grad_weights_columns(const Reader& reader, const Bags& in, int64_t begin, i
   constexpr int kWords = (kVectors * kLanes + 63) / 64;
   const int64_t last = in.begin(end);
   bool consistent = true;
+  prefetch_first(reader, in, in.begin(begin), last);
   for (int64_t b = begin; b < end; ++b) {
     const int64_t bag_begin = in.begin(b), bag_end = in.end(b);
     float scale = 1.0f;

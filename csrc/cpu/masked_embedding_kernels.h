@@ -31,6 +31,8 @@ enum class MaskedLayout : int {
 };
 
 constexpr int kBaseShift = 16;  // rows that share a 64-bit base: 2^16, so starts fit 32 bits
+// In a start of bitmask records: the record ends in another 64-byte line than it begins in.
+constexpr uint32_t kCrossesLine = uint32_t(1) << 31;
 constexpr int64_t kMaxMaskedDim = 32768;  // 2^16 rows of it, mask included, stay below 2^32
 constexpr int64_t kRemapBlockBytes = 12;  // uint64 occupied, uint32 rank
 constexpr int64_t kMaxRemapDim = 256;     // 8-bit column ids
@@ -46,6 +48,7 @@ struct MaskedTable {
   int64_t mask_elements;  // records: elements taken by the mask
   int64_t nnz;            // elements in `values` (records: in the record buffer)
   int64_t mean_bytes;     // of a row in `values`: what is prefetched
+  int64_t last_roomy;     // up to this row (records: element) a mask is read in whole 64-bit words
   int64_t kept_rows;      // row_remap: rows that are not empty
   const T* values;
   const uint8_t* rows;
@@ -152,8 +155,9 @@ struct MaskedPackKernels {
 };
 RS_KERNEL_TABLE(MaskedPackKernels, masked_pack_kernels)
 
-// x [B, D] against the whole table. inputs_t [D, P] float32 is x transposed, P = B padded to a
-// multiple of kMatmulPanel columns, or for small B to 16 or 32; the padding is 0.
+// x [B, D] against the whole table. inputs_t [P / panel, D, panel] float32 is x in panels of batch
+// rows, each transposed. P = B padded to a multiple of kMatmulPanel, or for small B to 16 or 32,
+// and the panel is the smaller of the two; the padding is 0.
 constexpr int64_t kMatmulPanel = 64;  // 4 registers of 16 floats: enough to hide the FMA latency
 inline int64_t matmul_padded(int64_t batch) {
   if (batch <= kMatmulPanel / 2)
@@ -164,13 +168,13 @@ template <class T>
 struct MaskedMatmulKernels {
   // inputs_t from x
   void (*transpose)(const T* input, int64_t batch, int64_t dim, int64_t padded, float* inputs_t);
-  // grad [B, D] = the sum of `pieces` matrices [D, P], transposed
+  // grad [B, D] = the sum of `pieces` matrices laid out like inputs_t
   void (*sum_transposed)(const float* sums, int64_t pieces, int64_t batch, int64_t dim,
                          int64_t padded, T* grad);
   // output[b, i] = <x[b], row i> for rows begin..end
   bool (*forward)(const MaskedTable<T>& table, const float* inputs_t, int64_t batch, int64_t padded,
                   int64_t begin, int64_t end, T* output);
-  // grad_inputs_t [D, P] += sum over rows begin..end of row i times grad_output[:, i]
+  // grad_inputs_t += sum over rows begin..end of row i times grad_output[:, i]; as inputs_t
   bool (*grad_input)(const MaskedTable<T>& table, const T* grad_output, int64_t batch,
                      int64_t padded, int64_t begin, int64_t end, float* grad_inputs_t);
   // value (i, d) = sum_b grad_output[b, i] x[b, d]

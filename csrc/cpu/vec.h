@@ -81,6 +81,31 @@ inline __attribute__((always_inline)) f16 from_float<f16>(float value) {
 #endif
 }
 
+// ---- fewer lanes than Vec -----------------------------------------------------------------------
+
+// kWidth floats as the compiler's own vector (1: a plain float); + - * work lane by lane.
+template <int kWidth>
+struct NarrowOf {
+  typedef float type __attribute__((vector_size(4 * kWidth)));
+};
+template <>
+struct NarrowOf<1> {
+  typedef float type;
+};
+template <int kWidth>
+using Narrow = typename NarrowOf<kWidth>::type;
+
+template <int kWidth>
+RS_INLINE Narrow<kWidth> load_narrow(const float* p) {
+  Narrow<kWidth> a;
+  std::memcpy(&a, p, sizeof(a));
+  return a;
+}
+template <int kWidth>
+RS_INLINE void store_narrow(float* p, Narrow<kWidth> a) {
+  std::memcpy(p, &a, sizeof(a));
+}
+
 }  // namespace RS_ISA
 }  // namespace recsparse
 

@@ -196,11 +196,16 @@ constexpr LanePermutations make_lane_permutations() {
 }
 alignas(64) static constexpr LanePermutations kLanePermutations = make_lane_permutations();
 
-// Lane i takes the next element of `packed` where bit i is set, else 0.
-RS_INLINE Vec shift_lanes(Vec a, int n) {
+// Lane i takes element n + i of the 2 kLanes elements low, high; those past the end are
+// unspecified.
+RS_INLINE Vec window_lanes(Vec low, Vec high, int n) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return {_mm256_permutevar8x32_ps(a.v, _mm256_add_epi32(lane, _mm256_set1_epi32(n)))};
+  const __m256i at = _mm256_add_epi32(lane, _mm256_set1_epi32(n));
+  const __m256 from_high = _mm256_castsi256_ps(_mm256_cmpgt_epi32(at, _mm256_set1_epi32(7)));
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(low.v, at),
+                           _mm256_permutevar8x32_ps(high.v, at), from_high)};
 }
+// Lane i takes the next element of `packed` where bit i is set, else 0.
 RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
   const __m256i source =
       _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.expand[bits]));
@@ -213,6 +218,14 @@ RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
       _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)kLanePermutations.compress[bits]));
   return {_mm256_permutevar8x32_ps(a.v, source)};
 }
+
+RS_INLINE Vec load_quads(const float* p) { return {_mm256_broadcast_ps((const __m128*)p)}; }
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return {_mm256_permute_ps(quads.v, kPlace * 0x55)};
+}
+RS_INLINE void stream(float* p, Vec a) { _mm256_stream_ps(p, a.v); }
+RS_INLINE void stream_end() { _mm_sfence(); }
 
 }  // namespace RS_ISA
 }  // namespace recsparse

@@ -175,15 +175,24 @@ RS_INLINE Vec expand_lanes(uint32_t bits, Vec packed) {
   asm("" : "+v"(packed.v));  // or the compiler folds the load of `packed` into the expansion
   return {_mm512_maskz_expand_ps(LaneMask(bits), packed.v)};
 }
-// Lane i takes lane i + n, 0 <= n <= kLanes; the last n lanes are unspecified.
-RS_INLINE Vec shift_lanes(Vec a, int n) {
+// Lane i takes element n + i of the 2 kLanes elements low, high; those past the end are
+// unspecified.
+RS_INLINE Vec window_lanes(Vec low, Vec high, int n) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return {_mm512_permutexvar_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(n)), a.v)};
+  return {_mm512_permutex2var_ps(low.v, _mm512_add_epi32(lane, _mm512_set1_epi32(n)), high.v)};
 }
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
 RS_INLINE Vec compress_lanes(uint32_t bits, Vec a) {
   return {_mm512_maskz_compress_ps(LaneMask(bits), a.v)};
 }
+
+RS_INLINE Vec load_quads(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return {_mm512_permute_ps(quads.v, kPlace * 0x55)};
+}
+RS_INLINE void stream(float* p, Vec a) { _mm512_stream_ps(p, a.v); }
+RS_INLINE void stream_end() { _mm_sfence(); }
 
 }  // namespace RS_ISA
 }  // namespace recsparse

@@ -141,9 +141,12 @@ RS_CALL static Vec expand_lanes(uint32_t bits, Vec packed) {
   int next = 0;
   return each_lane([&](int i) { return bits >> i & 1 ? packed.v[next++] : 0.0f; });
 }
-// Lane i takes lane i + n, 0 <= n <= kLanes; the last n lanes are unspecified.
-RS_CALL static Vec shift_lanes(Vec a, int n) {
-  return each_lane([&](int i) { return a.v[(i + n) % kLanes]; });
+// Lane i takes element n + i of the 2 kLanes elements low, high; those past the end are
+// unspecified.
+RS_CALL static Vec window_lanes(Vec low, Vec high, int n) {
+  return each_lane([&](int i) {
+    return (n + i) / kLanes % 2 ? high.v[(n + i) % kLanes] : low.v[(n + i) % kLanes];
+  });
 }
 // The inverse: lanes whose bit is set, moved to the front; what follows them is unspecified.
 RS_CALL static Vec compress_lanes(uint32_t bits, Vec a) {
@@ -153,6 +156,18 @@ RS_CALL static Vec compress_lanes(uint32_t bits, Vec a) {
     if (bits >> i & 1) out.v[next++] = a.v[i];
   return out;
 }
+
+// The four floats at p, again and again; and one of them in every lane.
+RS_INLINE Vec load_quads(const float* p) {
+  return each_lane([&](int i) { return p[i % 4]; });
+}
+template <int kPlace>
+RS_INLINE Vec quad_lane(Vec quads) {
+  return broadcast(quads.v[kPlace]);
+}
+// Past the caches, to a p that is a multiple of the vector; other threads see it after stream_end.
+RS_INLINE void stream(float* p, Vec a) { store(p, a); }
+RS_INLINE void stream_end() {}
 
 }  // namespace RS_ISA
 }  // namespace recsparse

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..config import place_table
+
 WEIGHT_VIEW_LIMIT_BYTES = 256 * 2**20  # `.weight` warns when its dense copy is larger
 
 
@@ -34,6 +36,19 @@ class PackedModule(nn.Module):
     """
 
     dense_type: ClassVar[type[nn.Module]]
+    lookup_names: ClassVar[tuple[str, ...]] = ()  # tensors read at random: kept on huge pages
+
+    def _place_tables(self) -> None:
+        place_table(*(getattr(self, name) for name in self.lookup_names))
+
+    def _apply(self, fn, recurse=True):  # .to(), .float(), ...: other memory
+        super()._apply(fn, recurse)
+        self._place_tables()
+        return self
+
+    def __setstate__(self, state):  # copy.deepcopy, pickle
+        super().__setstate__(state)
+        self._place_tables()
 
     @classmethod
     def from_dense(cls, module: nn.Module, **options: Any) -> "PackedModule":

@@ -5,6 +5,7 @@ labels: HASTE (arXiv 2606.01117).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class FixedFanInLinear(PackedModule):
     """
 
     dense_type = nn.Linear
+
+    # Called with each output that needs a gradient (None: of `loss_step`, gradient 1), the name of its op
+    # and the op's inputs: a training method that scores inputs which are not read watches through it.
+    tap: Callable[..., None] | None = None
 
     def __init__(
         self,
@@ -86,9 +91,10 @@ class FixedFanInLinear(PackedModule):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.fan_in_linear(
+        output = ops.fan_in_linear(
             input, *self._layer(), group_size=self.group_size, update=self._active_update()
         )
+        return self._watched(output, "linear", input)
 
     def loss(
         self, input: Tensor, positives: tuple[Tensor, Tensor], kind: str = "bce", reduction: str = "mean"
@@ -101,10 +107,11 @@ class FixedFanInLinear(PackedModule):
             kind: "bce" or "squared_hinge".
             reduction: "mean" over ``B O``, "sum", or "batchmean".
         """
-        return ops.fan_in_loss(
+        loss = ops.fan_in_loss(
             input, *self._layer(), *positives, kind=kind, reduction=reduction, group_size=self.group_size,
             update=self._active_update(),
         )  # fmt: skip
+        return self._watched(loss, "loss", input, positives, kind, reduction)
 
     def loss_step(
         self, input: Tensor, positives: tuple[Tensor, Tensor], kind: str = "bce", reduction: str = "mean"
@@ -112,6 +119,8 @@ class FixedFanInLinear(PackedModule):
         """Loss, gradient to the input, and the fused optimizer's step, in one pass over the labels."""
         if self.update is None:
             raise ValueError("loss_step needs an optimizer: call fuse_optimizer first")
+        if self.tap is not None:
+            self.tap(None, "loss", input, positives, kind, reduction)
         return ops.fan_in_loss_step(
             input,
             *self._layer(),
@@ -121,6 +130,11 @@ class FixedFanInLinear(PackedModule):
             reduction=reduction,
             group_size=self.group_size,
         )
+
+    def _watched(self, output: Tensor, op: str, *inputs) -> Tensor:
+        if self.tap is not None and output.requires_grad:
+            self.tap(output, op, *inputs)
+        return output
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Logits and labels ``[B, k]`` of the k best labels (`ops.fan_in_topk`)."""

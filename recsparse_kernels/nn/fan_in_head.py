@@ -78,7 +78,7 @@ class FanInHead(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """All logits ``[B, O]``."""
         hidden = self._hidden(input)
-        logits = self.sparse(hidden)
+        logits = self.sparse(self._narrow(hidden)).to(hidden.dtype)
         if self.dense is not None:
             logits = torch.cat([self.dense(hidden), logits], -1)
         return logits.index_select(-1, self.label_place)
@@ -106,7 +106,7 @@ class FanInHead(nn.Module):
         counts = torch.zeros(input.shape[0], dtype=torch.int64, device=labels.device)
         counts.index_add_(0, row[~in_dense], torch.ones_like(place[~in_dense]))
         rest = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), place[~in_dense] - self.dense_labels
-        total = self.sparse.loss(hidden, rest, kind, "sum")
+        total = self.sparse.loss(self._narrow(hidden), rest, kind, "sum")
         if self.dense is not None:
             targets = hidden.new_zeros(input.shape[0], self.dense_labels)
             targets[row[in_dense], place[in_dense]] = 1.0
@@ -121,7 +121,8 @@ class FanInHead(nn.Module):
         if not 0 <= k <= self.out_features:
             raise ValueError(f"k must be in [0, {self.out_features}]; got {k}")
         hidden = self._hidden(input)
-        values, place = self.sparse.topk(hidden, min(k, self.sparse.out_features))
+        values, place = self.sparse.topk(self._narrow(hidden), min(k, self.sparse.out_features))
+        values = values.to(hidden.dtype)
         place = place + self.dense_labels
         if self.dense is not None:
             logits = self.dense(hidden)
@@ -142,11 +143,12 @@ class FanInHead(nn.Module):
             )
         place = self.label_place[candidates.long()]
         if self.dense is None:
-            return self.sparse.score(hidden, place)
+            return self.sparse.score(self._narrow(hidden), place).to(hidden.dtype)
         in_dense = place < self.dense_labels
         if self.sparse.out_features == 0:
             return self.dense(hidden).gather(1, place)
-        sparse = self.sparse.score(hidden, (place - self.dense_labels).clamp(min=0))
+        sparse = self.sparse.score(self._narrow(hidden), (place - self.dense_labels).clamp(min=0))
+        sparse = sparse.to(hidden.dtype)
         dense = self.dense(hidden).gather(1, place.clamp(max=self.dense_labels - 1))
         return torch.where(in_dense, dense, sparse)
 
@@ -156,6 +158,12 @@ class FanInHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"out_features={self.out_features}, dense_labels={self.dense_labels}"
+
+    def _narrow(self, hidden: Tensor) -> Tensor:
+        """For a sparse part of 16 bits beside a wider encoder; autocast sees to it itself."""
+        if torch.is_autocast_enabled(hidden.device.type):
+            return hidden
+        return hidden.to(self.sparse.packed_weight.dtype)
 
     def _hidden(self, input: Tensor) -> Tensor:
         return input if self.intermediate is None else self.intermediate(input)

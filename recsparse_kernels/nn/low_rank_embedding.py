@@ -13,6 +13,8 @@ from ._factorize import pick_rank, project_table, table_basis
 class _LowRankTable(PackedModule):
     """What `LowRankEmbedding` and `LowRankEmbeddingBag` share: the table, its projection and its mean row."""
 
+    lookup_names = ("table",)
+
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
@@ -34,6 +36,7 @@ class _LowRankTable(PackedModule):
         self.table = nn.Parameter(torch.empty(self.num_embeddings, rank, **factory))
         self.up = nn.Parameter(torch.empty(self.embedding_dim, rank, **factory))
         self.mean = nn.Parameter(torch.empty(self.embedding_dim, **factory)) if mean else None
+        self._place_tables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

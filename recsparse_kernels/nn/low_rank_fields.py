@@ -31,6 +31,8 @@ class LowRankFields(PackedModule):
     Source: arXiv 2405.18146.
     """
 
+    lookup_names = ("table",)
+
     dense_type = nn.ModuleList  # of nn.Embedding
 
     def __init__(
@@ -62,6 +64,7 @@ class LowRankFields(PackedModule):
         self.projections = nn.Parameter(torch.empty(fields, rank, embedding_dim, **factory))
         self.bias = nn.Parameter(torch.empty(fields, embedding_dim, **factory)) if bias else None
         self.register_buffer("starts", torch.empty(fields + 1, dtype=torch.int64, device=device))
+        self._place_tables()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,5 +1,6 @@
 """Embedding layers whose table is pruned element by element and stores only what is kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from ..ops.masked_embedding_table import (
     mask_bits,
     random_mask_bits,
     resolve_layout,
+    row_counts,
     row_magnitude_mask,
     unpack_bits,
 )
@@ -48,6 +50,12 @@ RECORD_NAMES = ("records", "record_starts", "record_bases")
 
 class _MaskedBase(PackedModule):
     """What `MaskedEmbedding` and `MaskedEmbeddingBag` share: the table and all that happens to it."""
+
+    lookup_names = ("values", "rows", "starts", "columns", "records", "record_starts")
+
+    # Called with each output that needs a gradient, the name of its op and the op's inputs: a training
+    # method that scores elements which are not stored looks at the output's gradient through it.
+    tap: Callable[..., None] | None = None
 
     def _init_table(
         self, num_embeddings, embedding_dim, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse,
@@ -125,6 +133,7 @@ class _MaskedBase(PackedModule):
             self.values = nn.Parameter(table.values.detach())
         for name, tensor in zip(INDEX_NAMES, table.index, strict=True):
             self._set_buffer(name, tensor)
+        self._place_tables()
 
     def reset_parameters(self) -> None:
         """Standard normal values, as ``nn.Embedding``; 0 in the padding row. The mask stays."""
@@ -199,7 +208,8 @@ class _MaskedBase(PackedModule):
         Args:
             density: keep exactly ``round(density * V * D)`` elements, the largest magnitudes of the table
                 (layout fixed_k: ``round(density * D)`` of each row).
-            mask: bool ``[V, D]``, what to keep; not together with ``density``. With neither, a mask of
+            mask: bool ``[V, D]``, or mask bits ``[V, ceil(D/8)]`` uint8: what to keep; not together with
+                ``density``. With neither, a mask of
                 ``torch.nn.utils.prune`` if the module has one, else what is not 0.
             layout: see `recsparse_kernels.ops.masked_embedding_pack`.
 
@@ -219,11 +229,13 @@ class _MaskedBase(PackedModule):
         elif mask is None:
             mask = getattr(module, "weight_mask", weight) != 0
         else:
-            check_mask(mask, *weight.shape)
+            if mask.dtype != torch.uint8:
+                check_mask(mask, *weight.shape)
             mask = mask.to(weight.device)
+        kept = int((row_counts(mask) if mask.dtype == torch.uint8 else mask).sum())
         own = cls(
             *weight.shape, **cls._options_of(module), device=weight.device, dtype=weight.dtype,
-            _weight=weight, _mask=mask, density=float(mask.sum()) / max(1, mask.numel()), layout=layout,
+            _weight=weight, _mask=mask, density=min(1.0, kept / max(1, weight.numel())), layout=layout,
         )  # fmt: skip
         own.prunes_by = density
         copy_requires_grad(own, module)
@@ -295,6 +307,7 @@ class _MaskedBase(PackedModule):
             self._set_buffer(name, None)
         for name, tensor in zip(RECORD_NAMES, records[1:4], strict=True):
             self._set_buffer(name, tensor)
+        self._place_tables()
         return self
 
     def unfreeze(self) -> "_MaskedBase":
@@ -339,6 +352,44 @@ class _MaskedBase(PackedModule):
             state[key] = moment
         self._take(new)
 
+    @torch.no_grad()
+    def refresh(self, weight: Tensor, mask: Tensor) -> bool:
+        """Take new values and a new mask from a dense weight, in place; no dense copy is made.
+
+        Args:
+            weight: ``[V, D]``.
+            mask: bool ``[V, D]`` or mask bits ``[V, ceil(D/8)]`` uint8.
+
+        Returns:
+            True where every tensor kept its memory: as many elements are kept as before. The Parameter
+            is the same object either way.
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes; nothing has changed.
+        """
+        if self.frozen:
+            raise RuntimeError("a frozen layer keeps its mask: call unfreeze() first")
+        if tuple(weight.shape) != self.table.sizes:
+            raise ValueError(f"weight must have shape {self.table.sizes}; got {tuple(weight.shape)}")
+        return self.put(masked_embedding_pack(weight.detach(), mask, layout=self.layout))
+
+    @torch.no_grad()
+    def put(self, table: MaskedTable) -> bool:
+        """Hold the values and the mask of another table of the same size and layout; see `refresh`."""
+        old = self.table
+        if table.sizes != old.sizes or table.layout != old.layout:
+            raise ValueError(
+                f"table must be {old.layout} of sizes {old.sizes}; got {table.layout} {table.sizes}"
+            )
+        pairs = [(old.values, table.values), *zip(old.index, table.index, strict=True)]
+        pairs = [(own, new) for own, new in pairs if own is not None]
+        if any(own.shape != new.shape for own, new in pairs):
+            self._take(table._replace(values=table.values.to(old.values)))
+            return False
+        for own, new in pairs:
+            own.copy_(new)
+        return True
+
     # ---- the optimizer inside backward ----
 
     def fuse_optimizer(
@@ -359,15 +410,20 @@ class _MaskedBase(PackedModule):
 
     def all_rows(self) -> Tensor:
         """All rows as a dense ``[V, D]``, for one use; the gradient that comes back is packed."""
-        return self.dense_weight()
+        return self._watched(self.dense_weight(), "all_rows")
 
     def matmul_t(self, input: Tensor) -> Tensor:
         """``input [..., D] @ weight.T``, scores against the whole table, without a dense copy."""
-        return masked_embedding_matmul_t(input, self.table)
+        return self._watched(masked_embedding_matmul_t(input, self.table), "matmul_t", input)
 
     def propagate(self, adjacency: Tensor) -> Tensor:
         """``adjacency [M, V] @ weight`` for a sparse CSR matrix, without a dense copy."""
-        return masked_embedding_propagate(adjacency, self.table)
+        return self._watched(masked_embedding_propagate(adjacency, self.table), "propagate", adjacency)
+
+    def _watched(self, output: Tensor, op: str, *inputs) -> Tensor:
+        if self.tap is not None and output.requires_grad:
+            self.tap(output, op, *inputs)
+        return output
 
     # ---- state ----
 
@@ -446,6 +502,7 @@ class _MaskedBase(PackedModule):
         self.frozen_as = dtype, kept, nnz
         for name, tensor in zip(RECORD_NAMES, given, strict=True):
             self._set_buffer(name, tensor.detach().to(self.records.device, copy=True))
+        self._place_tables()
 
     def _misfit(self, error, state_dict, prefix, names) -> str:
         sizes = ", ".join(f"{prefix + name} {tuple(state_dict[prefix + name].shape)}" for name in names)
@@ -534,10 +591,11 @@ class MaskedEmbedding(_MaskedBase):
     def forward(self, input: Tensor) -> Tensor:
         if self.frozen:
             return masked_embedding_frozen(input, self._records)
-        return masked_embedding(
+        output = masked_embedding(
             input, self.table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq,
             self.sparse, fused=self.fused,
         )  # fmt: skip
+        return self._watched(output, "lookup", input)
 
 
 class MaskedEmbeddingBag(_MaskedBase):
@@ -616,10 +674,11 @@ class MaskedEmbeddingBag(_MaskedBase):
                 input, self._records, offsets, self.mode, per_sample_weights, self.include_last_offset,
                 self.padding_idx,
             )  # fmt: skip
-        return masked_embedding_bag(
+        output = masked_embedding_bag(
             input, self.table, offsets, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.mode,
             self.sparse, per_sample_weights, self.include_last_offset, self.padding_idx, fused=self.fused,
         )  # fmt: skip
+        return self._watched(output, "bag", input, offsets, per_sample_weights)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mode={self.mode!r}"

@@ -101,7 +101,7 @@ class Op:
         native = ("native",) if compiled and device_type in self.native_devices else ()
         triton = ("triton",) if compiled and "triton" in self._overloads else ()
         if device_type == "cpu":  # Triton's interpreter is for tests: never the default
-            return (*native, "reference", *(triton if triton_backend.INTERPRETED else ()))
+            return (*native, "reference", *(triton if "cpu" in triton_backend.DEVICE_TYPES else ()))
         return (*native, *(triton if device_type == "cuda" else ()), "reference")
 
     def pick(self, args: Sequence, backend: str | None = None) -> str:
@@ -130,8 +130,7 @@ class Op:
 
     def key(self, args: Sequence) -> tuple[str, torch.dtype, bool, str]:
         """What a measured choice depends on: device type, dtype, is a gradient wanted, shape class."""
-        training = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        return (*self.device_and_dtype(args), training, self.shape_class(*args))
+        return (*self.device_and_dtype(args), _wants_grad(args), self.shape_class(*args))
 
     @staticmethod
     def device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
@@ -157,7 +156,11 @@ class Op:
         for observer in OBSERVERS:
             observer(self, args, picked, backend)
         try:
-            result = overload(*args)
+            if self.mutates or _wants_grad(args):
+                result = overload(*args)
+            else:  # past the autograd formula, a Python function that would only pass the call on
+                with torch._C._AutoDispatchBelowAutograd():
+                    result = overload(*args)
         except RuntimeError as error:
             raise _typed(error) from None
         if picked != "reference" and self.mutates:
@@ -170,6 +173,10 @@ class Op:
             if argument.name in self.mutates and value is not None:
                 written = [value] if isinstance(value, Tensor) else value
                 torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+def _wants_grad(args: Sequence) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
 def default_shape_class(*args) -> str:

@@ -138,7 +138,7 @@ def fan_in_linear(
         bias: ``[O]`` or None.
         group_size: G, how many successive labels share a row of ``indices``.
         update: steps weight and bias inside the backward pass (`fan_in_linear_update`); no ``.grad`` then.
-        backend: "native" or "reference"; None takes the fastest that is available.
+        backend: "native", "triton" or "reference"; None takes the fastest that is available.
 
     Returns:
         ``[..., O]``, same dtype; accumulated in float32. Differentiable in input, weight and bias, each

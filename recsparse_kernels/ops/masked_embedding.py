@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ..config import place_table
 from ..reference import masked_embedding as reference
 from ._backend import Op
 from ._check import INDEX_DTYPES, check_device, check_dtype, check_shape, check_tensor, shape
@@ -15,6 +16,7 @@ from .masked_embedding_table import (
     index_from_bits,
     pack_bits,
     resolve_layout,
+    row_counts,
 )
 
 MODES = {"sum": 0, "mean": 1, "max": 2}
@@ -390,10 +392,9 @@ class FusedOptimizer:
         wide = torch.float64 if table.values.dtype == torch.float64 else torch.float32
         shapes = {"sgd": ((0,), (0,)), "rowwise_adagrad": ((table.num_embeddings,), (0,))}
         first, second = shapes.get(kind, (table.values.shape, table.values.shape))
-        return cls(
-            kind, lr, tuple(betas), eps,
-            table.values.new_zeros(first, dtype=wide), table.values.new_zeros(second, dtype=wide),
-        )  # fmt: skip
+        moments = [table.values.new_zeros(shape, dtype=wide) for shape in (first, second)]
+        place_table(*moments)
+        return cls(kind, lr, tuple(betas), eps, *moments)
 
 
 class _UpdatingLookup(torch.autograd.Function):
@@ -447,7 +448,8 @@ def masked_embedding_pack(
 
     Args:
         weight: ``[V, D]``; the values of the result are differentiable with respect to it.
-        mask: bool ``[V, D]``, True means kept; None keeps what is not 0.
+        mask: bool ``[V, D]``, True means kept, or mask bits ``[V, ceil(D/8)]`` uint8, low bit first; None
+            keeps what is not 0.
         layout: "bitmask": any mask. "fixed_k": every row keeps equally many; no row starts.
             "row_remap": nearly empty tables, ``D <= 256``. "auto": row_remap or bitmask, by density.
 
@@ -461,12 +463,24 @@ def masked_embedding_pack(
         raise ValueError(f"weight must have 1 to {MAX_EMBEDDING_DIM} columns; got {dim}")
     if mask is None:
         mask = weight.detach() != 0
-    check_mask(mask, num_rows, dim)
-    layout = resolve_layout(layout, float(mask.sum()) / max(mask.numel(), 1), dim)
-    index, values_shape = index_from_bits(pack_bits(mask), dim, layout)
+    bits = _bits_of(mask, num_rows, dim)
+    layout = resolve_layout(layout, float(row_counts(bits).sum()) / max(num_rows * dim, 1), dim)
+    index, values_shape = index_from_bits(bits, dim, layout)
     template = weight.detach().new_empty(values_shape)
     values = _GATHER(weight.contiguous(), template, *index, num_rows, dim, backend=backend)
+    place_table(values, *index)
     return MaskedTable(values, *index, num_rows, dim)
+
+
+def _bits_of(mask: Tensor, num_rows: int, dim: int) -> Tensor:
+    """Mask bits of a mask that is either; checked."""
+    if mask.dtype != torch.uint8:
+        check_mask(mask, num_rows, dim)
+        return pack_bits(mask)
+    check_shape("mask", mask, (num_rows, (dim + 7) // 8), "[V, ceil(D/8)]")
+    if dim % 8 and bool((mask[:, -1] >> (dim % 8)).any()):
+        raise ValueError(f"mask has bits past the {dim} columns of the table")
+    return mask
 
 
 def masked_embedding_unpack(table: MaskedTable, *, backend: str | None = None) -> Tensor:
@@ -490,11 +504,7 @@ def masked_embedding_repack(
     _check_table(table)
     check_tensor("mask", mask)
     num_rows, dim = table.sizes
-    bits = mask
-    if mask.dtype != torch.uint8:
-        check_mask(mask, num_rows, dim)
-        bits = pack_bits(mask)
-    check_shape("mask", bits, (num_rows, (dim + 7) // 8), "[V, ceil(D/8)]")
+    bits = _bits_of(mask, num_rows, dim)
     index, values_shape = index_from_bits(bits, dim, layout or table.layout)
     new = MaskedTable(table.values.detach().new_empty(values_shape), *index, num_rows, dim)
     return new._replace(values=carry(table.values.detach(), table, new, backend))

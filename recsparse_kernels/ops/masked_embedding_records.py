@@ -4,9 +4,13 @@ A lookup then touches a 4-byte start and one place in memory, where `MaskedTable
 and its values. Records are made of elements of the width of a value:
 
     record of row i   ceil(ceil(D/8) / element size) elements of mask bits, then the row's values
-    starts [V]        int32 read as unsigned: first element of the record, counted from bases[i // 65536]
+    starts [V]        int32: the low 31 bits are the first element of the record, counted from
+                      bases[i // 65536]; the top bit says that the record ends in another 64-byte line
 
-In layout fixed_k all records are equally long and there are no starts.
+A record of at most 64 bytes does not cross a line, and a longer one begins at a line: the rows of 65536 are
+placed, longest first, and what is left of their last lines is filled with shorter ones. Where that would
+leave more than 1/8 empty, records stand one after the other instead. In layout fixed_k all records are
+equally long, one after the other, and there are no starts.
 """
 
 from typing import NamedTuple
@@ -14,18 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import place_table
 from ..reference import masked_embedding as reference
+from ..reference.masked_embedding import BASE_ROWS
 from ._backend import Op
 from .masked_embedding import EACH, MODES, check_lookup
 from .masked_embedding_table import (
     MaskedTable,
     index_from_bits,
-    low_starts,
     mask_bits,
     row_chunks,
     row_counts,
 )
 
+LINE_BYTES = 64  # of a cache line
+MOST_EMPTY = 8  # at most 1 / MOST_EMPTY of the records is left empty so that fewer cross a line
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -72,9 +79,10 @@ def masked_embedding_freeze(table: MaskedTable) -> MaskedRecords:
     mask_elements = -(-bits.shape[1] // size)
     counts = row_counts(bits)
     lengths = counts + mask_elements
-    ends = lengths.cumsum(0)
-    total = int(ends[-1]) if V else 0
-    begins = ends - lengths
+    if table.layout == "fixed_k":
+        begins, total = lengths.cumsum(0) - lengths, int(lengths.sum())
+    else:
+        begins, bases, total = _place(lengths, LINE_BYTES // size)
     records = torch.zeros(total, dtype=_INTEGERS[size], device=values.device)
     record_bytes, whole = records.view(torch.uint8), values.view(_INTEGERS[size])
     byte = torch.arange(bits.shape[1], device=values.device)
@@ -90,16 +98,87 @@ def masked_embedding_freeze(table: MaskedTable) -> MaskedRecords:
     like = values.new_empty(0)
     if table.layout == "fixed_k":
         kept = table.values.shape[1]
+        place_table(records)
         empty = records.new_empty(0, dtype=torch.int32)
         return MaskedRecords(like, records, empty, empty.long(), V, D, kept)
-    low, bases = low_starts(begins)
-    return MaskedRecords(like, records, low.to(torch.int32), bases, V, D, -1)
+    low = begins - bases.repeat_interleave(BASE_ROWS)[:V]
+    starts = low | _crosses_line(begins, lengths, LINE_BYTES // size).long() << 31
+    starts = _as_int32(starts)
+    place_table(records, starts)
+    return MaskedRecords(like, records, starts, bases, V, D, -1)
+
+
+def _as_int32(unsigned: Tensor) -> Tensor:
+    return (unsigned - ((unsigned >> 31) << 32)).to(torch.int32)
+
+
+def _crosses_line(begins: Tensor, lengths: Tensor, line: int) -> Tensor:
+    return begins // line != (begins + lengths - 1) // line
+
+
+def _place(lengths: Tensor, line: int) -> tuple[Tensor, Tensor, int]:
+    """Where each record begins, where each block of 65536 rows does, and where the last one ends, in
+    elements; ``line`` elements are 64 bytes.
+
+    Raises:
+        ValueError: a block takes 2^31 elements or more.
+    """
+    begins = torch.empty_like(lengths)
+    bases = []
+    position = 0
+    for first in range(0, max(len(lengths), 1), BASE_ROWS):
+        bases.append(position)
+        block = lengths[first : first + BASE_ROWS]
+        size = int(block.sum())
+        position = _place_block(block, line, bases[-1], begins[first:])
+        if position - bases[-1] > size + size // MOST_EMPTY:
+            begins[first : first + BASE_ROWS] = bases[-1] + block.cumsum(0) - block
+            position = bases[-1] + -(-size // line) * line
+        if position - bases[-1] >= 1 << 31:
+            raise ValueError(
+                f"table must take less than 2^31 elements for any {BASE_ROWS} rows to be frozen; "
+                f"rows from {first} take {position - bases[-1]}"
+            )
+    total = int((begins + lengths).max()) if len(lengths) else 0
+    return begins, torch.tensor(bases, device=lengths.device), total
+
+
+def _place_block(lengths: Tensor, line: int, position: int, begins: Tensor) -> int:
+    """Fills ``begins`` for rows of these lengths from ``position`` on; returns where they end."""
+    by_length = lengths.argsort(stable=True)
+    counts = torch.bincount(lengths).tolist()  # rows still to be placed, of each length
+    first = (lengths.bincount().cumsum(0) - lengths.bincount()).tolist()  # of them in by_length
+    longest = len(counts) - 1
+    while True:
+        while longest >= 0 and counts[longest] == 0:
+            longest -= 1
+        if longest < 0:
+            return position
+        # what shares the longest row's last line: the longest that fit, one after the other
+        group, room = [longest], -longest % line
+        left = {longest: counts[longest] - 1}
+        fits = min(room, longest)
+        while fits > 0:
+            if left.setdefault(fits, counts[fits]) > 0:
+                group.append(fits)
+                left[fits] -= 1
+                room -= fits
+            fits = min(room, fits if left[fits] > 0 else fits - 1)
+        times = min(counts[length] // group.count(length) for length in set(group))
+        span = -(-longest // line) * line
+        at = position + span * torch.arange(times, device=lengths.device)
+        for length in group:
+            begins[by_length[first[length] : first[length] + times]] = at
+            at = at + length
+            first[length] += times
+            counts[length] -= times
+        position += span * times
 
 
 def masked_embedding_thaw(records: MaskedRecords) -> MaskedTable:
     """The inverse of `masked_embedding_freeze`."""
     V, D = records.num_embeddings, records.embedding_dim
-    bits, begins, mask_elements = reference.record_masks(*records[:4], V, D, records.kept)
+    bits, begins, mask_elements = reference.record_masks(*records)
     index, shape = index_from_bits(bits, D, "bitmask" if records.kept < 0 else "fixed_k")
     counts = row_counts(bits)
     values = torch.empty(int(counts.sum()), dtype=records.like.dtype, device=records.like.device)
@@ -116,15 +195,24 @@ def masked_embedding_thaw(records: MaskedRecords) -> MaskedTable:
 
 def check_records(records: MaskedRecords) -> int:
     """The number of values; raises ValueError unless the records are those of `masked_embedding_freeze`."""
-    V, D = records.num_embeddings, records.embedding_dim
+    V = records.num_embeddings
     if records.records.dtype != _INTEGERS[records.like.element_size()]:
         wanted = _INTEGERS[records.like.element_size()]
         raise ValueError(f"records must be {wanted} for {records.like.dtype}; got {records.records.dtype}")
-    bits, begins, mask_elements = reference.record_masks(*records[:4], V, D, records.kept)
+    line = LINE_BYTES // records.like.element_size()
+    size = records.records.numel()
+    begins, mask_elements = reference.record_begins(*records)
+    if V and not 0 <= int(begins.min()) <= int(begins.max()) <= size - mask_elements:
+        raise ValueError(f"starts do not fit the records: they pass the {size} elements there are")
+    bits, _, _ = reference.record_masks(*records)
     counts = row_counts(bits)
     lengths = counts + mask_elements
-    if not torch.equal(begins, lengths.cumsum(0) - lengths) or int(lengths.sum()) != records.records.numel():
-        raise ValueError("starts do not fit the records: they are not the running sum of what the masks keep")
+    order = begins.argsort()
+    ends = (begins + lengths)[order]
+    if V and (bool((ends[:-1] > begins[order][1:]).any()) or int(ends[-1]) != size):
+        raise ValueError("starts do not fit the records: the masks do not keep what there is room for")
+    if records.kept < 0 and not torch.equal(records.starts < 0, _crosses_line(begins, lengths, line)):
+        raise ValueError("starts do not fit the records: they do not say which cross a line")
     return int(counts.sum())
 
 

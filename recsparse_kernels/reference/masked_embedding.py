@@ -505,6 +505,23 @@ def masked_embedding_matmul_t_grad_values(
     )
 
 
+def record_begins(
+    like: Tensor,
+    records: Tensor,
+    starts: Tensor,
+    bases: Tensor,
+    num_embeddings: int,
+    embedding_dim: int,
+    kept: int,
+) -> tuple[Tensor, int]:
+    """First element of each record [V], and how many elements of it are mask."""
+    mask_elements = -(-((embedding_dim + 7) // 8) // like.element_size())
+    row = torch.arange(num_embeddings, device=records.device)
+    if kept >= 0:
+        return row * (mask_elements + kept), mask_elements
+    return bases[row // BASE_ROWS] + (starts.long() & 0x7FFFFFFF), mask_elements
+
+
 def record_masks(
     like: Tensor,
     records: Tensor,
@@ -514,15 +531,14 @@ def record_masks(
     embedding_dim: int,
     kept: int,
 ) -> tuple[Tensor, Tensor, int]:
-    """Mask bits [V, ceil(D/8)] of a table in records, first element of each record [V], mask elements."""
-    size, mask_bytes = like.element_size(), (embedding_dim + 7) // 8
-    mask_elements = -(-mask_bytes // size)
-    row = torch.arange(num_embeddings, device=records.device)
-    begins = row * (mask_elements + kept)
-    if kept < 0:
-        begins = bases[row // BASE_ROWS] + (starts.long() & 0xFFFFFFFF)
-    byte = (begins * size).unsqueeze(1) + torch.arange(mask_bytes, device=records.device)
-    return records.view(torch.uint8)[byte], begins, mask_elements
+    """Mask bits [V, ceil(D/8)] of a table in records, and what `record_begins` gives."""
+    begins, mask_elements = record_begins(like, records, starts, bases, num_embeddings, embedding_dim, kept)
+    bytes_ = torch.arange((embedding_dim + 7) // 8, device=records.device)
+    return (
+        records.view(torch.uint8)[(begins * like.element_size()).unsqueeze(1) + bytes_],
+        begins,
+        mask_elements,
+    )
 
 
 def masked_embedding_records(

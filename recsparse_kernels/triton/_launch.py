@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ..config import get_check_indices
-from . import INTERPRETED
+from . import COMPILING, INTERPRETED
 
 LAUNCHERS: dict[str, Callable] = {}
-DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED else ("cuda",)  # ROCm says "cuda" too
+DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED or COMPILING else ("cuda",)  # ROCm says "cuda" too
 
 # While this is a list, launches are written to it instead of run: (kernel, arguments, options).
 # recsparse_kernels.triton.compile uses it to build, without a GPU, what the launchers would run.

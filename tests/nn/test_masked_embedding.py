@@ -165,7 +165,8 @@ def test_freeze(cls, layout):
     assert own.freeze() is own and own.freeze() is own
     assert not any(p.requires_grad for p in own.parameters())
     assert torch.equal(own(inputs()), out) and torch.equal(own.weight, weight) and own.nnz == nnz
-    assert own.memory_report().own_bytes <= report.own_bytes + 100  # one padding byte a row
+    # one padding byte a row, and the rest of the last line
+    assert own.memory_report().own_bytes <= report.own_bytes + 100 + 64
     if layout != "row_remap":
         assert own.frozen and not list(own.parameters()) and "frozen" in repr(own)
         other = make(cls, density=0.1, layout=layout).to(torch.bfloat16).freeze()

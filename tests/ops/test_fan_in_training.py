@@ -107,12 +107,13 @@ def test_fused_gradient_to_the_input(backend):
 @pytest.mark.parametrize("backend", backends("fan_in_loss_step"), indirect=True)
 def test_stochastic_rounding(backend):
     """Unbiased, one of the two neighbours, and a function of seed, step and element alone."""
-    case = make_case(1, 8, 4000, 8)
-    weight = torch.full((4000, 8), 1.0 + 2**-7 * 0.25).bfloat16()  # 1.0
-    grad = torch.ones(1, 4000).bfloat16()
+    count = 500 if backend == "triton" else 4000  # the interpreter is slow
+    case = make_case(1, 8, count, 8)
+    weight = torch.full((count, 8), 1.0 + 2**-7 * 0.25).bfloat16()  # 1.0
+    grad = torch.ones(1, count).bfloat16()
     x = torch.ones(1, 8).bfloat16()
 
-    def run(seed, labels=4000):
+    def run(seed, labels=count):
         w, b = weight[:labels].clone(), torch.ones(labels).bfloat16()
         update = FanInUpdate("sgd", lr=0.25 * 2**-8, stochastic_rounding=True, seed=seed)
         ops.fan_in_linear_update(grad[:, :labels], x, w, case.indices[:labels], b, update, backend=backend)
@@ -120,18 +121,18 @@ def test_stochastic_rounding(backend):
 
     w, b = run(seed=1)
     assert set(w.flatten().tolist()) == {1.0, 1.0 - 2**-8}
-    share = (w < 1).float().mean().item()  # wanted 1/4; 32,000 samples: standard deviation 0.0024
-    assert abs(share - 0.25) < 0.012
-    assert abs((b < 1).float().mean().item() - 0.25) < 0.035
+    for rounded in (w, b):  # wanted 1/4, within five standard deviations
+        share = (rounded < 1).float().mean().item()
+        assert abs(share - 0.25) < 5 * (0.25 * 0.75 / rounded.numel()) ** 0.5
     assert torch.equal(w, run(seed=1)[0]) and not torch.equal(w, run(seed=2)[0])
-    assert torch.equal(run(seed=1, labels=1000)[0], w[:1000])
+    assert torch.equal(run(seed=1, labels=count // 4)[0], w[: count // 4])
     nearest = weight.clone()
     ops.fan_in_linear_update(
         grad,
         x,
         nearest,
         case.indices,
-        torch.ones(4000).bfloat16(),
+        torch.ones(count).bfloat16(),
         FanInUpdate("sgd", lr=0.25 * 2**-8),
         backend=backend,
     )
@@ -245,15 +246,23 @@ REWIRE_CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", backends("fan_in_rewire"), indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("group_size", [1, 3, 16])
+REWIRE_LAYERS = [
+    pytest.param(group_size, dtype, backend, id=f"{backend}-{dtype}-{group_size}")
+    for backend in backends("fan_in_rewire")
+    for dtype in (torch.float32, torch.bfloat16)
+    for group_size in (1, 3, 16)
+    if backend != "triton" or (group_size, dtype) in {(3, torch.float32), (16, torch.bfloat16)}
+]
+
+
+@pytest.mark.parametrize("group_size, dtype, backend", REWIRE_LAYERS, indirect=["backend"])
 @pytest.mark.parametrize("name", REWIRE_CASES)
 def test_rewire(name, group_size, dtype, backend):
     options = REWIRE_CASES[name]
-    case = make_case(1, 30, 100, 12, group_size, dtype=dtype, duplicates=False)
+    labels = 20 if backend == "triton" else 100  # a program for each row of indices: the interpreter is slow
+    case = make_case(1, 30, labels, 12, group_size, dtype=dtype, duplicates=False)
     case.weight[::2, ::3] = 0  # many equal scores
-    before, moments = copy_of(case), torch.ones(100, 12)
+    before, moments = copy_of(case), torch.ones(labels, 12)
     rows = case.indices.shape[0]
     count = ops.fan_in_rewire(
         case.weight,
@@ -266,7 +275,7 @@ def test_rewire(name, group_size, dtype, backend):
         **options,
     )
     dropped = (moments == 0)[::group_size]
-    mask = dropped.repeat_interleave(group_size, 0)[:100]
+    mask = dropped.repeat_interleave(group_size, 0)[:labels]
     assert torch.equal(moments == 0, mask) and int(count) == int(dropped.sum())
     scores = group_scores(before.weight.float(), rows, group_size)
     if name == "threshold":
@@ -283,7 +292,11 @@ def test_rewire(name, group_size, dtype, backend):
     assert ((0 <= case.indices) & (case.indices < 30)).all()
     if name == "random init":
         grown = case.weight[mask].float()
-        assert grown.abs().max() <= 0.2 and (grown != 0).all() and abs(grown.mean()) < 0.05
+        assert (
+            grown.abs().max() <= 0.2
+            and (grown != 0).all()
+            and abs(grown.mean()) < (0.05 if labels == 100 else 0.15)
+        )
     else:
         assert (case.weight[mask] == 0).all()
     if name != "duplicates":
@@ -335,7 +348,7 @@ def test_rewire_of_a_layer_of_several_slabs():
 
 @pytest.mark.parametrize("backend", backends("fan_in_rewire"), indirect=True)
 def test_rewire_keeps_nan_and_seeds_differ(backend):
-    case = make_case(1, 40, 50, 6, duplicates=False)
+    case = make_case(1, 40, 12 if backend == "triton" else 50, 6, duplicates=False)
     case.weight[3, 2], case.weight[4, 1] = float("nan"), float("inf")
     results = []
     for seed in (1, 1, 2):

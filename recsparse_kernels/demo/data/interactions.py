@@ -17,9 +17,9 @@ VALID_USERS = 2000
 
 def read(path: Path, test_path: Path | None, *, max_rows: int, seed: int) -> LabelData:
     rng = np.random.default_rng(seed)
-    history = _parse(path)
+    history = parse(path)
     if test_path is not None:
-        held_out = _parse(test_path)
+        held_out = parse(test_path)
         note = "test: the items of the test file"
     else:
         history, held_out = _hold_out(history, rng)
@@ -55,7 +55,7 @@ def _histories(lists: list[np.ndarray]) -> Ragged:
     return Ragged.from_lists(lists, [np.full(len(items), max(len(items), 1) ** -0.5) for items in lists])
 
 
-def _parse(path: Path) -> dict[int, np.ndarray]:
+def parse(path: Path) -> dict[int, np.ndarray]:
     users = {}
     for line, text in enumerate(read_lines(path), 1):
         words = text.split()

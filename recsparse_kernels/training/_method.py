@@ -1,0 +1,153 @@
+"""What the training methods share: checked state, seeded draws, agreement between ranks."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+VERSION = 1  # of what state_dict holds
+
+
+class TrainingMethod:
+    """Base of the methods: a step counter and a state that resumes exactly.
+
+    A subclass gives ``_plan`` (what must be equal for a state to be of this method: sizes, budget,
+    schedule, seed) and ``_state`` / ``_check_state`` / ``_take_state``. Loading checks all of the state
+    before any of it is taken.
+    """
+
+    steps: int = 0  # how often step() was called
+
+    def _plan(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _state(self) -> dict[str, Any]:
+        """Tensors and plain values; tensors are copied by `state_dict`."""
+        raise NotImplementedError
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where ``state`` (the keys are there) does not fit; change nothing."""
+
+    def _take_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on besides the model's and the optimizers' own state."""
+        head = {"method": type(self).__name__, "version": VERSION, "steps": self.steps, "plan": self._plan()}
+        return {**head, **_copied(self._state())}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            TypeError: not a mapping.
+            ValueError: the state is of another method, plan or topology, or a part is missing or has
+                another shape; nothing has changed.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
+        name = type(self).__name__
+        wanted = {"method", "version", "steps", "plan", *self._state()}
+        missing, unexpected = sorted(wanted - set(state_dict)), sorted(set(state_dict) - wanted)
+        if missing or unexpected:
+            raise ValueError(
+                f"state_dict is not one of {name}: missing {missing or 'nothing'}, "
+                f"unexpected {unexpected or 'nothing'}"
+            )
+        if (state_dict["method"], state_dict["version"]) != (name, VERSION):
+            got = f"{state_dict['method']} version {state_dict['version']}"
+            raise ValueError(f"state_dict must be of {name} version {VERSION}; got {got}")
+        steps = state_dict["steps"]
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be an int of at least 0; got {steps!r}")
+        own, given = self._plan(), state_dict["plan"]
+        for key in sorted({*own, *given}):
+            if own.get(key) != given.get(key):
+                raise ValueError(
+                    f"state_dict was saved with another {key}: {given.get(key)!r}; this {name} has "
+                    f"{own.get(key)!r}"
+                )
+        state = {key: state_dict[key] for key in self._state()}
+        self._check_state(state)
+        self._take_state(_copied(state))
+        self.steps = steps
+
+
+def _copied(value):
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value
+
+
+def check_tensor_state(name: str, given: Any, like: Tensor) -> None:
+    """ValueError unless ``given`` is a tensor of ``like``'s shape and dtype."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a tensor; got {type(given).__name__}")
+    if given.shape != like.shape or given.dtype != like.dtype:
+        raise ValueError(
+            f"{name} must be {like.dtype} of shape {tuple(like.shape)}; got {given.dtype} of shape "
+            f"{tuple(given.shape)}: a checkpoint of another topology"
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """ValueError if there is a NaN: a topology decided by one would be arbitrary."""
+    if bool(torch.isnan(tensor).any()):
+        raise ValueError(f"{name} holds NaN ({int(torch.isnan(tensor).sum())} of {tensor.numel()})")
+
+
+def check_fraction(name: str, value: float, *, zero: bool = False, one: bool = False) -> None:
+    """ValueError unless ``value`` lies between 0 and 1; the ends only where said."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (0 <= value <= 1) or (value == 0 and not zero) or (value == 1 and not one):
+        interval = f"{'[' if zero else '('}0, 1{']' if one else ')'}"
+        raise ValueError(f"{name} must be in {interval}; got {value!r}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def generator(seed: int, *place: int | str) -> torch.Generator:
+    """A CPU generator that depends on the seed and on where it is used (step, layer), on nothing else.
+
+    So a resumed run draws what the uninterrupted one would have, and all ranks draw the same.
+    """
+    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def is_distributed(group: "dist.ProcessGroup | None" = None) -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def all_reduce_sum(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
+    """Sum over the ranks, in place; nothing without a process group."""
+    if is_distributed(group):
+        for tensor in tensors:
+            dist.all_reduce(tensor, group=group)
+
+
+def agree(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
+    """All ranks take the decision of the first one, in place; nothing without a process group.
+
+    Ranks compute equal decisions from equal weights; this holds even where a reduction on one rank
+    rounds differently.
+    """
+    if is_distributed(group):
+        first = dist.get_global_rank(group, 0) if group is not None else 0
+        for tensor in tensors:
+            dist.broadcast(tensor, first, group=group)
