@@ -116,7 +116,7 @@ def _fields_kernel(
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         total = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        squares = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
         for k in range(0, F):
             x = _project(
                 mid_ptr, b * F + k, b_inside, projections_ptr, bias_ptr, tl.cast(k, tl.int32), d, R, D,
@@ -128,9 +128,9 @@ def _fields_kernel(
                 tl.store(output_ptr + at, cast(x, output_ptr.dtype.element_ty), mask=mask)
             if interaction_ptr is not None:
                 total += x
-                squares += tl.sum(x * x, axis=1)
+                squares += x * x
         if interaction_ptr is not None:
-            term += tl.sum(total * total, axis=1) - squares
+            term += tl.sum(total * total - squares, axis=1)
     if interaction_ptr is not None:
         tl.store(interaction_ptr + b, cast(0.5 * term, interaction_ptr.dtype.element_ty), mask=b_inside)
 
