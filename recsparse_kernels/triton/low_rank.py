@@ -31,14 +31,17 @@ SMALL = 1024  # I + O up to which one launch beats two whatever the batch
 CONFIGS = {
     "few rows": dict(BLOCK_B=16, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
     "many rows": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
+    "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
     "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
     "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2),
 }
 
 
-def _config(B: int, like: Tensor) -> dict:
+def _config(B: int, R: int, like: Tensor) -> dict:
     name = "few rows" if B < 64 * 132 else "many rows"  # 64 rows for each of 132 multiprocessors
-    return CONFIGS[name + ", float32" * (like.element_size() == 4)]
+    if like.element_size() == 4:
+        return CONFIGS[name + ", float32"]
+    return CONFIGS[name + ", rank 128" * (name == "many rows" and R > 64)]
 
 
 def _on_chip(B: int, I: int, R: int, O: int) -> bool:
@@ -223,7 +226,7 @@ def _forward(
     on_chip = _on_chip(B, I, R, O)
     mid = input.new_empty(B if keep_mid or not on_chip else 0, R)
     if on_chip:
-        config = _config(B, input)
+        config = _config(B, R, input)
         launch(
             _forward_kernel,
             (triton.cdiv(B, config["BLOCK_B"]),),
@@ -281,7 +284,7 @@ def _grad_rows(
     (B, O), (R, I) = grad_output.shape, down.shape
     grad_mid = torch.empty_like(mid)
     if _on_chip(B, I, R, O):
-        config = _config(B, mid)
+        config = _config(B, R, mid)
         launch(
             _backward_kernel,
             (triton.cdiv(B, config["BLOCK_B"]),),

@@ -363,6 +363,11 @@ def checked_starts(offsets: Tensor, lookups: int, include_last_offset: bool) -> 
     return starts.contiguous()
 
 
+def _clamped(indices: Tensor, size: int) -> Tensor:
+    """What the forward looked up; checked there, so not again."""
+    return checked_indices("indices", indices, size) if get_check_indices() == "clamp" else indices
+
+
 def _inputs(table, up, mean, indices, offsets, weights, include_last_offset):
     """Contiguous tensors, starts or None, number of bags."""
     if offsets is None and weights is not None:
@@ -520,7 +525,7 @@ def low_rank_embedding_bag_max_grad(
     grad_output: Tensor, table: Tensor, up: Tensor, indices: Tensor, positions: Tensor, needs_mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_output, table, up = grad_output.contiguous(), table.contiguous(), up.contiguous()
-    indices, positions = indices.contiguous(), positions.contiguous()
+    indices, positions = _clamped(indices, table.shape[0]).contiguous(), positions.contiguous()
     (B, D), (V, R), N = grad_output.shape, table.shape, indices.shape[0]
     grad_up, grad_mean = torch.empty_like(up), up.new_empty(D if needs_mean else 0)
     config, block_r = MAX_GRAD_CONFIG, _block_r(R)
@@ -570,7 +575,8 @@ def low_rank_rows_grad(
     padding_idx: int,
     include_last_offset: bool,
 ) -> Tensor:
-    grad_pooled, indices = grad_pooled.contiguous(), indices.contiguous()
+    grad_pooled = grad_pooled.contiguous()
+    indices = _clamped(indices, num_embeddings).contiguous()
     starts = None if offsets is None else checked_starts(offsets, indices.shape[0], include_last_offset)
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     args = (indices, starts, weights, grad_pooled.shape[0], num_embeddings, pooling_mode, padding_idx)
@@ -591,7 +597,8 @@ def low_rank_rows_grad_sparse(
     padding_idx: int,
     include_last_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_pooled, indices = grad_pooled.contiguous(), indices.contiguous()
+    grad_pooled = grad_pooled.contiguous()
+    indices = _clamped(indices, num_embeddings).contiguous()
     starts = None if offsets is None else checked_starts(offsets, indices.shape[0], include_last_offset)
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     N, R = indices.shape[0], grad_pooled.shape[1]

@@ -5,7 +5,7 @@ fm[b] = 1/2 sum_d ((sum_k x)^2 - sum_k x^2)
 
 table [V, R]   starts [F + 1]   projections [F, R, D]   bias [F, D]   indices [B, F]   z [B, F, R]   x [B, F, D]
 
-One kernel looks up, projects and sums; x is written only when asked for. The gradient at x is
+One kernel looks z up; one projects and sums it, and writes x only when asked for. The gradient at x is
 grad_x + grad_fm * (sum_k x - x): its kernels compute x again from z, and never write that gradient.
 """
 
@@ -33,6 +33,7 @@ CONFIGS = {
     "rows, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
     "projections, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
 }
+LOOKUP_CONFIG = dict(BLOCK_N=64, num_warps=4)
 MAX_BLOCK_R = 64  # ranks are 2 to 24 here; a larger one takes several blocks
 
 
@@ -68,16 +69,37 @@ def _project(
 
 
 @triton.jit
-def _fields_kernel(
+def _lookup_kernel(
     table_ptr,  # [V, R]
     starts_ptr,  # [F + 1]
-    projections_ptr,  # [F, R, D]
-    bias_ptr,  # [F, D] or None
     indices_ptr,  # [B, F]
     mid_ptr,  # [B, F, R]
+    V,
+    F,
+    R,
+    lookups,  # B * F
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    # one program: BLOCK_N lookups x BLOCK_R columns
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = n < lookups
+    index = tl.load(indices_ptr + n, mask=inside, other=-1).to(tl.int64)
+    row = tl.load(starts_ptr + n % F, mask=inside, other=0) + index
+    fetched = inside & (index >= 0) & (row >= 0) & (row < V)
+    mask = fetched[:, None] & (r < R)[None, :]
+    z = tl.load(table_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0)
+    tl.store(mid_ptr + n[:, None] * R + r[None, :], z, mask=inside[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _fields_kernel(
+    mid_ptr,  # [B, F, R]
+    projections_ptr,  # [F, R, D]
+    bias_ptr,  # [F, D] or None
     output_ptr,  # [B, F, D] or None
     interaction_ptr,  # [B] or None
-    V,
     B,
     F,
     R,
@@ -90,43 +112,27 @@ def _fields_kernel(
     # one program: BLOCK_B rows, all fields, all columns
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     b_inside = b < B
-    for k in range(0, F):
-        start = tl.load(starts_ptr + k)
-        index = tl.load(indices_ptr + b * F + k, mask=b_inside, other=-1).to(tl.int64)
-        fetched = b_inside & (index >= 0) & (start + index < V)
-        for block in tl.static_range(BLOCKS_R):
-            r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-            mask = fetched[:, None] & (r < R)[None, :]
-            z = tl.load(table_ptr + (start + index)[:, None] * R + r[None, :], mask=mask, other=0.0)
-            z_mask = b_inside[:, None] & (r < R)[None, :]
-            tl.store(mid_ptr + (b * F + k)[:, None] * R + r[None, :], z, mask=z_mask)
-    if output_ptr is not None or interaction_ptr is not None:
-        term = tl.zeros((BLOCK_B,), dtype=tl.float32)
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            total = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
-            squares = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
-            for k in range(0, F):
-                # from the table again, which is in L2: what other threads have just stored may not be seen
-                row = tl.load(starts_ptr + k) + tl.load(indices_ptr + b * F + k, mask=b_inside, other=-1).to(
-                    tl.int64
-                )
-                fetched = b_inside & (row >= 0) & (row < V)
-                x = _project(
-                    table_ptr, row, fetched, projections_ptr, bias_ptr, tl.cast(k, tl.int32), d, R, D,
-                    BLOCK_R, BLOCKS_R, BLOCK_B, BLOCK_D,
-                )  # fmt: skip
-                if output_ptr is not None:
-                    mask = b_inside[:, None] & (d < D)[None, :]
-                    at = (b * F + k)[:, None] * D + d[None, :]
-                    tl.store(output_ptr + at, cast(x, output_ptr.dtype.element_ty), mask=mask)
-                if interaction_ptr is not None:
-                    total += x
-                    squares += x * x
+    term = tl.zeros((BLOCK_B,), dtype=tl.float32)
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        total = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
+        squares = tl.zeros((BLOCK_B, BLOCK_D), dtype=tl.float32)
+        for k in range(0, F):
+            x = _project(
+                mid_ptr, b * F + k, b_inside, projections_ptr, bias_ptr, tl.cast(k, tl.int32), d, R, D,
+                BLOCK_R, BLOCKS_R, BLOCK_B, BLOCK_D,
+            )  # fmt: skip
+            if output_ptr is not None:
+                mask = b_inside[:, None] & (d < D)[None, :]
+                at = (b * F + k)[:, None] * D + d[None, :]
+                tl.store(output_ptr + at, cast(x, output_ptr.dtype.element_ty), mask=mask)
             if interaction_ptr is not None:
-                term += tl.sum(total * total - squares, axis=1)
+                total += x
+                squares += x * x
         if interaction_ptr is not None:
-            tl.store(interaction_ptr + b, cast(0.5 * term, interaction_ptr.dtype.element_ty), mask=b_inside)
+            term += tl.sum(total * total - squares, axis=1)
+    if interaction_ptr is not None:
+        tl.store(interaction_ptr + b, cast(0.5 * term, interaction_ptr.dtype.element_ty), mask=b_inside)
 
 
 @triton.jit
@@ -331,15 +337,15 @@ def low_rank_fields(
     mid = table.new_empty(B, F, R)
     output = table.new_empty(B if with_output else 0, F, D)
     interaction = table.new_empty(B if with_interaction else 0, 1)
-    config = _config("forward", table, R)
-    launch(
-        _fields_kernel,
-        (triton.cdiv(B, config["BLOCK_B"]),),
-        *(table, starts, projections, bias, indices, mid),
-        *(output if with_output else None, interaction if with_interaction else None),
-        *(V, B, F, R, D),
-        **config,
-    )
+    config = LOOKUP_CONFIG
+    block_r = min(MAX_BLOCK_R, triton.next_power_of_2(max(R, 1)))
+    grid = (triton.cdiv(B * F, config["BLOCK_N"]), triton.cdiv(R, block_r))
+    launch(_lookup_kernel, grid, table, starts, indices, mid, V, F, R, B * F, BLOCK_R=block_r, **config)
+    if with_output or with_interaction:
+        config = _config("forward", table, R)
+        targets = (output if with_output else None, interaction if with_interaction else None)
+        grid = (triton.cdiv(B, config["BLOCK_B"]),)
+        launch(_fields_kernel, grid, mid, projections, bias, *targets, B, F, R, D, **config)
     return mid, output, interaction
 
 

@@ -30,8 +30,8 @@ LINEAR_CONFIGS = {  # by rows of input; few rows are padded to the 16 of a tenso
     "16 rows": dict(BLOCK_B=16, BLOCK_O=16, BLOCK_I=256, num_warps=4, num_stages=3),
     "64 rows": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=128, num_warps=4, num_stages=3),
     "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
-    "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=16, BLOCK_I=128, num_warps=4, num_stages=2),
-    "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
+    "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
+    "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
     "many rows, float32": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=32, num_warps=8, num_stages=2),
 }
 GRAD_INPUT_CONFIGS = {
@@ -44,7 +44,7 @@ GRAD_INPUT_CONFIGS = {
 }
 GRAD_VALUES_CONFIGS = {
     "16 bit": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
+    "float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=2),
 }
 
 
