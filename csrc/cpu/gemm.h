@@ -6,8 +6,8 @@
 // p * kPanel + j of b at [k][j], columns past n are zero. a and c are read and written in place,
 // with any stride, so c must have room for whole panels. Callers block over m and k so that a slice
 // of a panel (kDepthBlock x kPanel) stays in L1 and a block of a in L2, and run their epilogue on c
-// while it is in cache. The sum over k runs in order, whatever the blocking: results do not depend
-// on it.
+// while it is in cache. Each call sums its own depth in order and adds that to c: the rounding error
+// of a long sum then grows with the length of its blocks, not with its own.
 //
 // For kernels compiled per instruction level (vec.h); float32, bfloat16 and float16 go in.
 #pragma once
@@ -41,8 +41,7 @@ static void gemm_tile(const float* a, int64_t a_row, int64_t a_step, const float
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j)
-      sum[i][j] = accumulate ? load(c + i * c_row + j * kLanes) : zero();
+    for (int j = 0; j < kVecs; ++j) sum[i][j] = zero();
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec b[kVecs];
@@ -58,7 +57,10 @@ static void gemm_tile(const float* a, int64_t a_row, int64_t a_step, const float
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = c + i * c_row + j * kLanes;
+      store(at, accumulate ? load(at) + sum[i][j] : sum[i][j]);
+    }
   }
 }
 
