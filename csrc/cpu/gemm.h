@@ -6,8 +6,8 @@
 // p * kPanel + j of b at [k][j], columns past n are zero. a and c are read and written in place,
 // with any stride, so c must have room for whole panels. Callers block over m and k so that a slice
 // of a panel (kDepthBlock x kPanel) stays in L1 and a block of a in L2, and run their epilogue on c
-// while it is in cache. Each call sums its own depth in order and adds that to c: the rounding error
-// of a long sum then grows with the length of its blocks, not with its own.
+// while it is in cache. Each call sums its own depth in order and adds that to c: the rounding
+// error of a long sum then grows with the length of its blocks, not with its own.
 //
 // For kernels compiled per instruction level (vec.h); float32, bfloat16 and float16 go in.
 #pragma once
