@@ -76,7 +76,7 @@ def _measured_text(entry: Entry) -> str:
 
 
 def _default_text(op: Op, device: str, dtype: torch.dtype) -> str:
-    if len(op.backends(device, dtype)) > 1:
+    if len(op.timed_backends(device, dtype)) > 1:
         return "first in order; not measured at this shape (recsparse_kernels.tune)"
     if dtype not in NATIVE_DTYPES:
         return f"native runs float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"

@@ -252,7 +252,7 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
             continue
         device, dtype = op.device_and_dtype(args)
         key = (op.name, *op.key(args))
-        candidates = op.backends(device, dtype)
+        candidates = op.timed_backends(device, dtype)
         if key in seen or len(candidates) < 2:
             continue
         seen.add(key)

@@ -104,6 +104,11 @@ class Op:
             return (*native, "reference", *(triton if "cpu" in triton_backend.DEVICE_TYPES else ()))
         return (*native, *(triton if device_type == "cuda" else ()), "reference")
 
+    def timed_backends(self, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
+        """`backends` without Triton's interpreter, which no measurement should wait for."""
+        every = self.backends(device_type, dtype)
+        return tuple(b for b in every if b != "triton") if device_type == "cpu" else every
+
     def pick(self, args: Sequence, backend: str | None = None) -> str:
         """The backend that a call with these arguments runs on.
 
