@@ -385,7 +385,7 @@ def test_a_checkpoint_of_another_topology_changes_nothing():
     other[0].load_state_dict(model.state_dict())
     other[2].load_state_dict(saved)
     assert other[2].steps == 8
-    with pytest.raises(ValueError, match="another update_every"):
+    with pytest.raises(ValueError, match="another candidate_rows"):
         DynamicSparseLearning(model, 24, 3).load_state_dict(saved)
     with pytest.raises(ValueError, match="missing"):
         method.load_state_dict({"steps": 3})
