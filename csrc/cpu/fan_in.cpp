@@ -68,7 +68,8 @@ Tensor fan_in_linear(const Tensor& input, const Tensor& weight, const Tensor& in
   const std::optional<Tensor> offset = contiguous_or_none(bias);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (!linear<T>(FanInPlan::for_logits(size), x, w, columns, offset, mutable_data<T>(output)))
+    if (!linear<T>(FanInPlan::for_logits(size, fan_in_kernels<T>().lanes), x, w, columns, offset,
+                   mutable_data<T>(output)))
       raise_index_range(size.in_features);
   });
   return output;
