@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import get_check_indices
 from ..reference import low_rank_embedding as reference
 from ._backend import Op
 from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape, shape
@@ -190,6 +191,18 @@ def _fields_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _rows_of_fields(indices: Tensor, starts: Tensor, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the whole table, ``[B * F]``, and their gradients; out of a field as `set_check_indices` says."""
+    mode = get_check_indices()
+    if mode != "raise":
+        last = starts.diff() - 1
+        nearest = torch.minimum(indices, last).clamp(min=0)
+        if mode == "none":
+            grad_rows = torch.where((nearest == indices)[:, :, None], grad_rows, 0)
+        indices = nearest
+    return (indices + starts[:-1]).reshape(-1), grad_rows.reshape(-1, grad_rows.shape[2])
+
+
 def _fields_backward(ctx, grad_mid, grad_output, grad_interaction, *, backend):
     if grad_mid is None and grad_output is None and grad_interaction is None:
         return (None,) * 8
@@ -201,9 +214,8 @@ def _fields_backward(ctx, grad_mid, grad_output, grad_interaction, *, backend):
     grads = _fields_grad(grad_mid, grad_output, grad_interaction, mid, projections, bias, backend=backend)
     grad_table = None
     if ctx.needs_input_grad[0]:
-        rows = (indices + starts[:-1]).reshape(-1)
+        rows, grad_rows = _rows_of_fields(indices, starts, grads[0])
         lookups = (rows, None, None, reference.SUM, -1, False)
-        grad_rows = grads[0].reshape(-1, mid.shape[2])
         grad_table = _grad_table(grad_rows, ctx.num_embeddings, *lookups, sparse=ctx.sparse, backend=backend)
     grad_projections = grads[1] if ctx.needs_input_grad[2] else None
     grad_bias = grads[2] if ctx.needs_input_grad[3] else None
