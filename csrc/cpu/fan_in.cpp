@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fan_in_chunks.h"
+#include "huge_pages.h"
 
 namespace recsparse {
 namespace {
@@ -64,6 +65,7 @@ Tensor fan_in_linear(const Tensor& input, const Tensor& weight, const Tensor& in
   const FanInSizes size = check_fan_in(input, weight, indices, bias, group_size);
   Tensor output = new_empty(input, {size.batch, size.out_features});
   if (output.numel() == 0) return output;
+  expect_first_touch(output);
   const Tensor x = contiguous(input), w = contiguous(weight), columns = contiguous(indices);
   const std::optional<Tensor> offset = contiguous_or_none(bias);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {

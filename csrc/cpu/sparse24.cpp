@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "sparse24_kernels.h"
 
 namespace recsparse {
@@ -197,6 +198,7 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
   const std::optional<Tensor> b =
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor output = torch::stable::new_empty(input, {size.batch, size.out_features});
+  expect_first_touch(output);
   Tensor sum = keep_sum ? torch::stable::new_empty(input, {size.batch, size.out_features})
                         : torch::stable::new_empty(input, {0});
   if (size.batch == 0 || size.out_features == 0) return {output, sum};
