@@ -137,6 +137,7 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
   const std::vector<int64_t> shape = {size.out_features, size.fan_in};
   if (size.batch == 0) return torch::stable::new_zeros(input, shape);
   Tensor grad_weight = new_empty(input, shape);
+  expect_first_touch(grad_weight);
   if (grad_weight.numel() == 0) return grad_weight;
   const Tensor g = contiguous(grad_output), x = contiguous(input), columns = contiguous(indices);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
