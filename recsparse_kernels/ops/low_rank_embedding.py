@@ -8,7 +8,8 @@ from torch import Tensor
 from ..config import get_check_indices
 from ..reference import low_rank_embedding as reference
 from ._backend import Op
-from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape, shape
+from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape
+from ._lookup import check_bags, check_mode, check_sample_weights, padding_index
 
 MODES = {"sum": reference.SUM, "mean": reference.MEAN, "max": reference.MAX}
 
@@ -254,15 +255,6 @@ def _check_table(input: Tensor, table: Tensor, up: Tensor, mean: Tensor | None) 
     check_device("input", input, "table", table)
 
 
-def _padding(padding_idx: int | None, num_embeddings: int) -> int:
-    """-1 for none; a negative one counts from the end, as in torch."""
-    if padding_idx is None:
-        return -1
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}); got {padding_idx}")
-    return padding_idx % num_embeddings
-
-
 def low_rank_embedding(
     input: Tensor,
     table: Tensor,
@@ -297,7 +289,7 @@ def low_rank_embedding(
     _check_table(input, table, up, mean)
     options = (
         reference.SUM,
-        _padding(padding_idx, table.shape[0]),
+        padding_index(padding_idx, table.shape[0]),
         False,
         bool(scale_grad_by_freq),
         bool(sparse),
@@ -353,34 +345,16 @@ def low_rank_embedding_bag(
         IndexError: an index out of range.
     """
     _check_table(input, table, up, mean)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
-    if per_sample_weights is not None:
-        if mode == "max":
-            raise ValueError("per_sample_weights needs mode 'sum' or 'mean'; got 'max'")
-        check_dtype("per_sample_weights", per_sample_weights)
-        check_shape("per_sample_weights", per_sample_weights, tuple(input.shape), "the shape of input")
-        check_device("per_sample_weights", per_sample_weights, "table", table)
+    weighted = per_sample_weights is not None
+    check_mode(mode, per_sample_weights=weighted, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+    check_bags(input, offsets, include_last_offset)
+    check_sample_weights(per_sample_weights, input)
+    if weighted:
         per_sample_weights = per_sample_weights.reshape(-1).to(table.dtype)
-    if mode == "max" and (scale_grad_by_freq or sparse):
-        name = "sparse" if sparse else "scale_grad_by_freq"
-        raise ValueError(f"{name} needs mode 'sum' or 'mean'; got 'max'")
     if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError(f"offsets must be None with a 2-D input; got shape {shape(offsets)}")
         offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
-        include_last_offset = False
         input = input.reshape(-1)
-    elif input.dim() != 1:
-        raise ValueError(f"input must have shape [N] with offsets, or [B, L]; got {shape(input)}")
-    elif offsets is None:
-        raise ValueError("offsets must be given with a 1-D input; got None")
-    check_dtype("offsets", offsets, INDEX_DTYPES)
-    check_shape("offsets", offsets, (None,), "[B]")
-    check_device("offsets", offsets, "table", table)
-    if include_last_offset and offsets.shape[0] == 0:
-        raise ValueError("offsets must have at least one element with include_last_offset; got none")
-    padding = _padding(padding_idx, table.shape[0])
+    padding = padding_index(padding_idx, table.shape[0])
     if mode == "max":
         return _max(table, up, mean, input, offsets, padding, bool(include_last_offset), backend=backend)[0]
     options = (MODES[mode], padding, bool(include_last_offset), bool(scale_grad_by_freq), bool(sparse))
