@@ -23,7 +23,7 @@ $(VENV)/triton-oldest: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/native/cuda_on_cpu/*.h' 'tests/native/cuda_on_cpu/*.cpp' 'tests/native/cuda_on_cpu/*.cu')
 
 bench: build
 	$(BIN)/python -m pytest bench -o testpaths=bench -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds -s

@@ -114,6 +114,8 @@ def show_config() -> str:
     ]
     for library in _native.LIBRARIES:
         state = "loaded" if library.loaded else f"missing: {library.reason}"
+        if library is _native.CUDA and library.loaded:
+            state = _cuda_state()
         lines.append(f"{library.name.lstrip('_'):<13} {state}")
     lines.append(f"{'triton':<13} {_triton_state()}")
     if _native.CPU.loaded:
@@ -121,6 +123,15 @@ def show_config() -> str:
     else:
         lines.append("backend   reference only: correct, not fast")
     return "\n".join(lines)
+
+
+def _cuda_state() -> str:
+    runtime = torch.ops.recsparse.cuda_runtime_version()
+    state = f"loaded (CUDA {runtime // 1000}.{runtime % 1000 // 10})"
+    if not torch.cuda.is_available():
+        return f"{state}; torch finds no GPU"
+    reason = _native.why_not_on_gpu()
+    return f"{state}; not used: {reason}" if reason else state
 
 
 def _triton_state() -> str:
