@@ -15,6 +15,7 @@ CHECK_INDICES = ("raise", "clamp", "none")
 HUGE_PAGES_FROM_BYTES = 1 << 22
 
 _check_indices = "raise"
+_KEEP_CHECK_INDICES = ["recsparse"] if _native.CUDA.loaded else []  # namespaces of CUDA ops
 _huge_pages = True
 
 
@@ -103,6 +104,8 @@ def set_check_indices(mode: str) -> None:
     if mode not in CHECK_INDICES:
         raise ValueError(f"mode must be one of {CHECK_INDICES}; got {mode!r}")
     _check_indices = mode
+    for namespace in _KEEP_CHECK_INDICES:
+        getattr(torch.ops, namespace).set_check_indices(CHECK_INDICES.index(mode))
 
 
 def show_config() -> str:

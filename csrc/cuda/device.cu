@@ -13,11 +13,11 @@ int64_t cuda_driver_version() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(recsparse, m) {
+RS_CUDA_DEFINITIONS(m) {
   m.def("cuda_runtime_version() -> int");
   m.def("cuda_driver_version() -> int");
 }
-STABLE_TORCH_LIBRARY_IMPL(recsparse, CompositeExplicitAutograd, m) {
+RS_CUDA_SETTINGS(m) {
   m.impl("cuda_runtime_version", TORCH_BOX(&cuda_runtime_version));
   m.impl("cuda_driver_version", TORCH_BOX(&cuda_driver_version));
 }

@@ -29,6 +29,9 @@
 #ifndef RS_CUDA_ON_CPU
 // Opens the block that registers a family's ops: RS_CUDA_OPS(m) { m.impl("name", TORCH_BOX(&f)); }
 #define RS_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(recsparse, CUDA, m)
+// Ops that only the CUDA library has, and take no tensors: their schemas and their functions.
+#define RS_CUDA_DEFINITIONS(m) STABLE_TORCH_LIBRARY_FRAGMENT(recsparse, m)
+#define RS_CUDA_SETTINGS(m) STABLE_TORCH_LIBRARY_IMPL(recsparse, CompositeExplicitAutograd, m)
 // An array in shared memory, in a kernel or device function: RS_SHARED(float, tile, [16][17]);
 #define RS_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #endif

@@ -4,6 +4,9 @@
 #include "machine.h"
 
 #define RS_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(recsparse_cuda_on_cpu, CPU, m)
+#define RS_CUDA_DEFINITIONS(m) STABLE_TORCH_LIBRARY_FRAGMENT(recsparse_cuda_on_cpu, m)
+#define RS_CUDA_SETTINGS(m) \
+  STABLE_TORCH_LIBRARY_IMPL(recsparse_cuda_on_cpu, CompositeExplicitAutograd, m)
 // One array for each place in the code and instance of the function around it, as __shared__ has.
 #define RS_SHARED(type, name, ...)                  \
   using name##_array = type __VA_ARGS__;            \

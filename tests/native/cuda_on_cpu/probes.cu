@@ -230,7 +230,7 @@ void set_order(int64_t order, int64_t seed) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(recsparse_cuda_on_cpu, m) {
+RS_CUDA_DEFINITIONS(m) {
   m.def("probe(int which, int bug, Tensor input, Tensor(a!) output) -> ()");
   m.def(
       "probe_mma(int which, int bug, Tensor a, Tensor b, Tensor metadata, Tensor(a!) output) -> ()");
@@ -240,8 +240,6 @@ RS_CUDA_OPS(m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("probe_mma", TORCH_BOX(&probe_mma));
 }
-STABLE_TORCH_LIBRARY_IMPL(recsparse_cuda_on_cpu, CompositeExplicitAutograd, m) {
-  m.impl("set_order", TORCH_BOX(&set_order));
-}
+RS_CUDA_SETTINGS(m) { m.impl("set_order", TORCH_BOX(&set_order)); }
 
 }  // namespace recsparse
