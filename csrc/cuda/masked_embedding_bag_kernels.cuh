@@ -26,7 +26,7 @@ __device__ __forceinline__ void for_rows_of_turn(const uint64_t (&bits)[Team<kLa
 }
 
 template <class T, int kLanes, bool kMax>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     bag_kernel(const DeviceTable<T> table, const Bags bags, T* output, int32_t* argmax,
                bool by_four) {
   using Group = Team<kLanes>;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kTeamThreads)
 // grad_weights[j] = scale(b) <grad_output[b], W[indices[j]]>; 0 for padding. Lookups of no bag are
 // left.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     grad_weights_kernel(const DeviceTable<T> table, const Bags bags, const T* grad_output,
                         float* grad_weights, bool by_four) {
   using Group = Team<kLanes>;
@@ -134,7 +134,7 @@ enum class RowsOp { kExpand, kGather, kRepack };
 //   kGather   values of row n = dense[n] where kept
 //   kRepack   values of row n of `to` = those of `table` where both keep, else 0
 template <class T, int kLanes, RowsOp kOp>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     rows_kernel(const DeviceTable<T> table, const DeviceTable<T> to, const Bags bags, T* dense,
                 T* values, bool by_four) {
   using Group = Team<kLanes>;

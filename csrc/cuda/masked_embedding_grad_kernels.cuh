@@ -68,7 +68,7 @@ __global__ void fill_kernel(Key* keys, int32_t* payloads, int64_t count, Key non
 }
 constexpr int kPrepareLanes = 8;
 template <class Key>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     prepare_kernel(const Bags bags, int64_t num_embeddings, Key* keys, int32_t* payloads,
                    int32_t* bag_of, float* scales) {
   using Group = Team<kPrepareLanes>;
@@ -227,7 +227,7 @@ __device__ __forceinline__ int64_t lower_bound(const Keys& keys, int64_t count, 
 
 // A team for each sorted position; those where a piece begins work.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     pieces_kernel(const DeviceTable<T> table, const GradJob<T> job) {
   using Group = Team<kLanes>;
   const int64_t p = Group::index();
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kTeamThreads)
 
 // A team for each chunk: the run that begins in it and goes on behind it, if there is one.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kTeamThreads)
+__global__ void __launch_bounds__(kTeamThreads, 4)
     join_kernel(const DeviceTable<T> table, const GradJob<T> job) {
   const int64_t chunk = Team<kLanes>::index(), end = (chunk + 1) * kChunk;
   const int64_t key = end < job.count ? job.keys[end] : table.num_embeddings;

@@ -93,7 +93,7 @@ __device__ __forceinline__ void expand_straight(float (&to)[kDepth][kTile + kPad
 // Blocks: x over the table's rows (grad input: over its pieces), y over tiles of the batch (grad
 // values: of the columns), z over tiles of the columns (grad input).
 template <class T, Role kRole>
-__global__ void __launch_bounds__(kThreads) product_kernel(const Product<T> p) {
+__global__ void __launch_bounds__(kThreads, 2) product_kernel(const Product<T> p) {
   RS_SHARED(float, tile_a, [kDepth][kTile + kPad]);
   RS_SHARED(float, tile_b, [kDepth][kTile + kPad]);
   const int64_t rows = p.table.num_embeddings, dim = p.table.dim;
