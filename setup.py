@@ -36,12 +36,16 @@ class CMakeBuild(build_ext):
         )  # fmt: skip
         subprocess.run(["cmake", "--build", str(build), "--parallel"], check=True)
         if not self.inplace:
-            (output,) = map(Path, self.get_outputs())
-            output.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / "recsparse_kernels" / output.name, output)
+            for output in map(Path, self.get_outputs()):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / "recsparse_kernels" / output.name, output)
 
     def get_outputs(self):
-        return [str(Path(self.build_lib) / "recsparse_kernels" / "_native_cpu.so")]
+        # _native_cuda.so is built where nvcc is found (CMakeLists.txt says so); a wheel without it is whole
+        cache = (ROOT / "build" / "cmake" / "CMakeCache.txt").read_text(encoding="utf-8")
+        cuda = ["_native_cuda.so"] if "RECSPARSE_BUILDS_CUDA:INTERNAL=ON" in cache else []
+        folder = Path(self.build_lib) / "recsparse_kernels"
+        return [str(folder / name) for name in ["_native_cpu.so", *cuda]]
 
     def get_output_mapping(self):
         return {}

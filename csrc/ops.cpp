@@ -1,10 +1,15 @@
-// Every native schema: the table of contents. Implementations are in csrc/cpu/<family>.cpp.
+// Every native schema: the table of contents. Implementations are in csrc/cpu/<family>.cpp
+// and csrc/cuda/<family>.cu.
 //
 // Names, argument order and defaults equal those of recsparse_kernels/reference/<family>.py, whose
 // signatures are the definition (tests/test_schemas.py compares them).
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(recsparse, m) {
+#ifndef RS_LIBRARY
+#define RS_LIBRARY recsparse  // the tests' copy of the CUDA ops has a namespace of its own
+#endif
+
+STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   // instruction level of the CPU kernels: 0 portable, 1 AVX2, 2 AVX-512
   m.def("cpu_level() -> int");
   m.def("highest_cpu_level() -> int");

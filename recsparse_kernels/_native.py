@@ -1,6 +1,7 @@
 """Loads the op libraries that were built, and remembers why the others are missing."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -32,5 +33,48 @@ def _load(name: str) -> Library:
     return Library(name, path, True, "")
 
 
+MINIMUM_CAPABILITY = (8, 0)  # of a GPU: mma.sp and cp.async
+
+
+def _load_cuda(cpu: Library) -> Library:
+    """The CUDA kernels, where they can run. Nothing here starts CUDA, so that a process may fork later."""
+    name = "_native_cuda"
+    path = Path(__file__).with_name(f"{name}.so")
+
+    def missing(reason: str) -> Library:
+        return Library(name, path, False, reason)
+
+    if not path.exists():
+        return missing(f"{path.name} is not there: no nvcc was found when the package was built")
+    if torch.version.cuda is None:
+        return missing("torch is not a CUDA build")
+    if not cpu.loaded:
+        return missing(f"needs {cpu.path.name}, which defines the ops")
+    library = _load(name)
+    if not library.loaded:
+        return library
+    runtime, driver = torch.ops.recsparse.cuda_runtime_version(), torch.ops.recsparse.cuda_driver_version()
+    if driver // 1000 < runtime // 1000:
+        have = f"supports CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "is missing"
+        return missing(f"built with CUDA {runtime // 1000}.{runtime % 1000 // 10}; the NVIDIA driver {have}")
+    return library
+
+
+@functools.cache
+def why_not_on_gpu() -> str:
+    """Why the CUDA kernels do not run on the GPUs of this process; "" when they do. Starts CUDA."""
+    if not CUDA.loaded:
+        return CUDA.reason
+    for device in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            return (
+                f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
+                f"the kernels need {MINIMUM_CAPABILITY[0]}.{MINIMUM_CAPABILITY[1]}"
+            )
+    return ""
+
+
 CPU = _load("_native_cpu")
-LIBRARIES = (CPU,)
+CUDA = _load_cuda(CPU)
+LIBRARIES = (CPU, CUDA)

@@ -15,6 +15,7 @@ CHECK_INDICES = ("raise", "clamp", "none")
 HUGE_PAGES_FROM_BYTES = 1 << 22
 
 _check_indices = "raise"
+_KEEP_CHECK_INDICES = ["recsparse"] if _native.CUDA.loaded else []  # namespaces of CUDA ops
 _huge_pages = True
 
 
@@ -103,6 +104,8 @@ def set_check_indices(mode: str) -> None:
     if mode not in CHECK_INDICES:
         raise ValueError(f"mode must be one of {CHECK_INDICES}; got {mode!r}")
     _check_indices = mode
+    for namespace in _KEEP_CHECK_INDICES:
+        getattr(torch.ops, namespace).set_check_indices(CHECK_INDICES.index(mode))
 
 
 def show_config() -> str:
@@ -114,6 +117,8 @@ def show_config() -> str:
     ]
     for library in _native.LIBRARIES:
         state = "loaded" if library.loaded else f"missing: {library.reason}"
+        if library is _native.CUDA and library.loaded:
+            state = _cuda_state()
         lines.append(f"{library.name.lstrip('_'):<13} {state}")
     lines.append(f"{'triton':<13} {_triton_state()}")
     if _native.CPU.loaded:
@@ -121,6 +126,15 @@ def show_config() -> str:
     else:
         lines.append("backend   reference only: correct, not fast")
     return "\n".join(lines)
+
+
+def _cuda_state() -> str:
+    runtime = torch.ops.recsparse.cuda_runtime_version()
+    state = f"loaded (CUDA {runtime // 1000}.{runtime % 1000 // 10})"
+    if not torch.cuda.is_available():
+        return f"{state}; torch finds no GPU"
+    reason = _native.why_not_on_gpu()
+    return f"{state}; not used: {reason}" if reason else state
 
 
 def _triton_state() -> str:

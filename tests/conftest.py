@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the package is imported
 
@@ -7,10 +8,15 @@ import torch  # noqa: E402
 
 import recsparse_kernels as rk  # noqa: E402
 from recsparse_kernels.config import get_check_indices, use_cpu_level  # noqa: E402
+from recsparse_kernels.testing import load_cuda_on_cpu  # noqa: E402
 
 # New memory is filled with NaN (integers: their maximum), so an element never written is found.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+# Before tests are collected: their parameters ask which backends there are.
+load_cuda_on_cpu(Path(__file__).with_name("native") / "_cuda_on_cpu.so")
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import recsparse_kernels as rk
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(rk.__file__).with_name("_native_cpu.so")
+CUDA_LIBRARY = LIBRARY.with_name("_native_cuda.so")
 
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the native library is not built")
 needs_binutils = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
@@ -25,43 +26,47 @@ ALLOWED = re.compile(
 HIGHEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}  # manylinux_2_28
 
 
-def undefined_symbols() -> list[str]:
+@pytest.fixture(params=[LIBRARY, CUDA_LIBRARY], ids=lambda path: path.stem)
+def library(request):
+    if not request.param.exists():
+        pytest.skip(f"{request.param.name} is not built")
+    return request.param
+
+
+def undefined_symbols(library: Path) -> list[str]:
     run = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True
     )
     return [line.split()[-1] for line in run.stdout.splitlines()]
 
 
-@needs_library
 @needs_binutils
-def test_undefined_symbols_are_on_the_allow_list():
-    assert [s for s in undefined_symbols() if not ALLOWED.search(s)] == []
-    assert not [s for s in undefined_symbols() if s.startswith(("Py", "_Py"))]
+def test_undefined_symbols_are_on_the_allow_list(library):
+    symbols = undefined_symbols(library)
+    assert [s for s in symbols if not ALLOWED.search(s)] == []
+    assert not [s for s in symbols if s.startswith(("Py", "_Py", "cu"))]
 
 
-@needs_library
 @needs_binutils
-def test_symbol_versions_fit_manylinux_2_28():
+def test_symbol_versions_fit_manylinux_2_28(library):
     too_new = []
-    for symbol in undefined_symbols():
+    for symbol in undefined_symbols(library):
         match = re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)$", symbol)
         if match and tuple(map(int, match[2].split("."))) > HIGHEST[match[1]]:
             too_new.append(symbol)
     assert too_new == []
 
 
-@needs_library
 @needs_binutils
-def test_exports_nothing():
+def test_exports_nothing(library):
     run = subprocess.run(
-        ["nm", "-D", "--defined-only", str(LIBRARY)], capture_output=True, text=True, check=True
+        ["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True
     )
     assert run.stdout == ""
 
 
-@needs_library
-def test_holds_no_path_of_the_build_machine():
-    content = LIBRARY.read_bytes()
+def test_holds_no_path_of_the_build_machine(library):
+    content = library.read_bytes()
     assert str(ROOT).encode() not in content
     assert str(Path(sys.prefix)).encode() not in content
 
@@ -88,9 +93,11 @@ def wheel(tmp_path_factory):
 
 def test_wheel_is_one_small_file_for_all_pythons(wheel):
     assert re.fullmatch(r"recsparse_kernels-[\d.]+-py3-none-(manylinux_2_28|linux)_\w+\.whl", wheel.name)
-    assert wheel.stat().st_size < 5e6
     names = zipfile.ZipFile(wheel).namelist()
     assert "recsparse_kernels/_native_cpu.so" in names
+    with_cuda = "recsparse_kernels/_native_cuda.so" in names
+    assert with_cuda == CUDA_LIBRARY.exists()
+    assert wheel.stat().st_size < (20e6 if with_cuda else 5e6)
     assert not [n for n in names if n.startswith(("tests/", "bench/", "csrc/"))]
 
 

@@ -1,44 +1,19 @@
-// From torch tensors to the kernel tables: element types, threads, scratch memory.
+// From torch tensors to the kernel tables: element types (../dispatch.h), threads, scratch memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <utility>
 
-#include "../check.h"
 #include "types.h"
+// after the types
+#include "../dispatch.h"
 
 namespace recsparse {
-
-template <class T>
-struct TypeTag {
-  using type = T;
-};
-
-// Calls f(TypeTag<T>) with T = float, bf16 or f16 for the dtype.
-template <class F>
-auto with_float_type(ScalarType dtype, const char* name, F f) {
-  RS_CHECK_TYPE(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-      name, " must be float32, bfloat16 or float16; got ", dtype_text(dtype));
-  if (dtype == ScalarType::BFloat16) return f(TypeTag<bf16>());
-  if (dtype == ScalarType::Half) return f(TypeTag<f16>());
-  return f(TypeTag<float>());
-}
-
-// Calls f(TypeTag<T>) with T = int32_t or int64_t for the dtype.
-template <class F>
-auto with_index_type(ScalarType dtype, const char* name, F f) {
-  RS_CHECK_TYPE(dtype == ScalarType::Int || dtype == ScalarType::Long, name,
-                " must be int32 or int64; got ", dtype_text(dtype));
-  if (dtype == ScalarType::Int) return f(TypeTag<int32_t>());
-  return f(TypeTag<int64_t>());
-}
 
 template <class T>
 const T* data(const Tensor& t) {

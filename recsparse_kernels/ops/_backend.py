@@ -5,7 +5,7 @@ An op is defined once, by its reference function: the function's name and signat
 function, the same autograd formula and the same autocast rule:
 
     backend       namespace                 implemented by
-    "native"      torch.ops.recsparse       csrc/cpu (C++), by the tensor's device
+    "native"      torch.ops.recsparse       csrc/cpu and csrc/cuda (C++), by the tensor's device
     "triton"      torch.ops.recsparse_triton      recsparse_kernels/triton, on a GPU or in the interpreter
     "reference"   torch.ops.recsparse_reference   recsparse_kernels/reference
 """
@@ -15,12 +15,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import _native  # noqa: F401  (loads the libraries, so that torch.ops.recsparse is filled)
+from .. import _native  # loads the libraries, so that torch.ops.recsparse is filled
 from .. import triton as triton_backend
 
 NAMESPACES = {"native": "recsparse", "triton": "recsparse_triton", "reference": "recsparse_reference"}
 BACKENDS = tuple(NAMESPACES)  # in order of preference
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Backends that only tests have (`add_test_backend`): never the default, never timed.
+TEST_BACKENDS: list[str] = []
 
 # Measured choices, op -> `Op.key` of the call -> backend; filled by recsparse_kernels.tuning.
 MEASURED: dict[str, dict[tuple, str]] = {}
@@ -73,41 +76,53 @@ class Op:
             _libraries["triton"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
             for device_type in triton_backend.DEVICE_TYPES:
                 _libraries["triton"].impl(self.name, launcher, device_type.upper())
+        self._fake, self._backward, self._setup_context = fake, backward, setup_context
+        self._autocast = autocast
         for backend, namespace in NAMESPACES.items():
-            packet = getattr(getattr(torch.ops, namespace), self.name, None)
-            if packet is None:
-                continue
-            qualname, lib = f"{namespace}::{self.name}", _libraries[backend]
-            self._overloads[backend] = packet.default
-            torch.library.register_fake(qualname, fake, lib=lib)
-            if not mutates:
-                formula = _bind_backend(backward, backend) if backward else _not_differentiable(self.name)
-                torch.library.register_autograd(qualname, formula, setup_context=setup_context, lib=lib)
-            if autocast:
-                for device_type in ("cpu", "cuda"):
-                    _register_autocast(packet.default, device_type, lib)
-        # device types for which the native library holds a kernel of this op
+            if hasattr(getattr(torch.ops, namespace), self.name):
+                self._bind(backend, namespace)
+        # device types for which a native library holds a kernel of this op
         self.native_devices = tuple(
             device_type
             for device_type, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-            if "native" in self._overloads
-            and torch._C._dispatch_has_kernel_for_dispatch_key(f"recsparse::{self.name}", key)
+            if "native" in self._overloads and _has_kernel("recsparse", self.name, key)
         )
         OPS[self.name] = self
+
+    def _bind(self, backend: str, namespace: str) -> None:
+        """Gives the op of that namespace the fake function, the autograd formula and the autocast rule."""
+        qualname, lib = f"{namespace}::{self.name}", _libraries[backend]
+        overload = getattr(getattr(torch.ops, namespace), self.name).default
+        self._overloads[backend] = overload
+        torch.library.register_fake(qualname, self._fake, lib=lib)
+        if not self.mutates:
+            formula = (
+                _bind_formula(self._backward, backend) if self._backward else _not_differentiable(self.name)
+            )
+            torch.library.register_autograd(qualname, formula, setup_context=self._setup_context, lib=lib)
+        if self._autocast:
+            for device_type in ("cpu", "cuda"):
+                _register_autocast(overload, device_type, lib)
 
     def backends(self, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
         """Backends that run this op for the device and dtype, in order of preference."""
         compiled = dtype in NATIVE_DTYPES
         native = ("native",) if compiled and device_type in self.native_devices else ()
+        if native and device_type == "cuda" and _native.why_not_on_gpu():
+            native = ()
         triton = ("triton",) if compiled and "triton" in self._overloads else ()
-        if device_type == "cpu":  # Triton's interpreter is for tests: never the default
-            return (*native, "reference", *(triton if "cpu" in triton_backend.DEVICE_TYPES else ()))
+        if device_type == "cpu":  # GPU kernels on the CPU are for tests: never the default
+            tests = triton if "cpu" in triton_backend.DEVICE_TYPES else ()
+            tests += tuple(b for b in TEST_BACKENDS if compiled and b in self._overloads)
+            return (*native, "reference", *tests)
         return (*native, *(triton if device_type == "cuda" else ()), "reference")
 
     def timed_backends(self, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[str, ...]:
-        """`backends` without Triton's interpreter, which no measurement should wait for."""
+        """`backends` without GPU kernels run on the CPU, which no measurement should wait for."""
         every = self.backends(device_type, dtype)
-        return tuple(b for b in every if b != "triton") if device_type == "cpu" else every
+        if device_type == "cpu":
+            every = tuple(b for b in every if b != "triton" and b not in TEST_BACKENDS)
+        return every
 
     def pick(self, args: Sequence, backend: str | None = None) -> str:
         """The backend that a call with these arguments runs on.
@@ -180,6 +195,22 @@ class Op:
                 torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
+def add_test_backend(backend: str, namespace: str) -> None:
+    """Every op that ``torch.ops.<namespace>`` has a CPU kernel of becomes one more backend of its `Op`.
+
+    The CUDA kernels compiled for the CPU come in so (tests/native/cuda_on_cpu).
+    """
+    _libraries[backend] = torch.library.Library(namespace, "FRAGMENT")
+    TEST_BACKENDS.append(backend)
+    for op in OPS.values():
+        if _has_kernel(namespace, op.name, "CPU"):
+            op._bind(backend, namespace)
+
+
+def _has_kernel(namespace: str, name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key)
+
+
 def _wants_grad(args: Sequence) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
@@ -198,7 +229,7 @@ def _typed(error: RuntimeError) -> Exception:
     return error
 
 
-def _bind_backend(backward: Callable, backend: str) -> Callable:
+def _bind_formula(backward: Callable, backend: str) -> Callable:
     def formula(ctx, *grads):
         return backward(ctx, *grads, backend=backend)
 

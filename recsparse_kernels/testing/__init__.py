@@ -1,29 +1,42 @@
 """What tests and benches share: the twice rule, the backends to run, and (one file a family) the cases."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from .. import config
 from ..config import cpu_levels
-from ..ops._backend import OPS
+from ..ops._backend import OPS, TEST_BACKENDS, add_test_backend
+
+
+def load_cuda_on_cpu(path: Path) -> bool:
+    """Adds the backend "cuda", the CUDA kernels run on the CPU; False where their library is not built."""
+    if not path.exists():
+        return False
+    torch.ops.load_library(path)
+    add_test_backend("cuda", "recsparse_cuda_on_cpu")
+    config._KEEP_CHECK_INDICES.append("recsparse_cuda_on_cpu")
+    return True
 
 
 def backends(
     op: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32, *, interpreter: bool = True
 ) -> list:
-    """pytest parameters: the reference, the native backend once for each instruction level, Triton.
+    """pytest parameters: the reference, the native backend once for each instruction level, GPU kernels.
 
     Use with the ``backend`` fixture of tests/conftest.py, which sets the level.
 
     Args:
-        interpreter: False leaves Triton out, for cases too large for its interpreter.
+        interpreter: False leaves out Triton in its interpreter and CUDA on the CPU, for cases too large.
     """
     out = ["reference"]
     available = OPS[op].backends(device_type, dtype)
     if "native" in available:
         out += [f"native-{level}" for level in cpu_levels()]
-    if "triton" in available and interpreter:
-        out.append("triton")
+    if interpreter:
+        out += [b for b in ("triton", *TEST_BACKENDS) if b in available]
     return out
 
 
