@@ -1,0 +1,185 @@
+// Products with a 2:4 weight that no sparse instruction makes: tiles of the weight are expanded in
+// shared memory, or the dense product is made and what is kept is taken from it.
+//   LinearProduct      output[b, o] = sum_i input[b, i] W[o, i]            float32
+//   GradInputProduct   grad_input[b, i] = sum_o grad_sum[b, o] W[o, i]
+//   GradValuesProduct  grad_values[o, k] = sum_b grad_sum[b, o] input[b, column(o, k)]
+//   input [B, I]   grad_sum [B, O]   W [O, I] as values [O, P / 2], metadata [O, P / 8]
+//
+// A product says what its tiles A [M, K] and B [K, N] are and where sums go; product_kernel streams
+// the tiles through kStages of shared memory. An expanded tile is read one step ahead into
+// registers, and written to its stage when the step's arithmetic has been issued.
+#pragma once
+
+#include "sparse24_tiles.cuh"
+
+namespace recsparse {
+
+template <class T, int kRows, int kColumns, int kWarpsM, int kWarpsN, int kDepthOf, int kStagesOf>
+struct ProductShape : WarpGrid<kRows, kColumns, kWarpsM, kWarpsN> {
+  using Grid = WarpGrid<kRows, kColumns, kWarpsM, kWarpsN>;
+  using Type = T;
+  static constexpr int kDepth = kDepthOf, kStages = kStagesOf;
+  template <Layout kLayout, int kWidth>  // of an operand that is kWidth wide
+  using Operand = std::conditional_t<kLayout == Layout::kAlong, Tile<T, kWidth, kDepth>,
+                                     Tile<T, kDepth, kWidth>>;
+};
+
+template <class Shape, class Product>
+struct ProductTiles {
+  using A = typename Shape::template Operand<Product::kA, Shape::kRows>;
+  using B = typename Shape::template Operand<Product::kB, Shape::kColumns>;
+  using Sums = SumTile<Shape::kRows, Shape::kColumns>;
+  static constexpr int64_t kStageBytes = A::kBytes + B::kBytes;
+  static constexpr int64_t kSharedBytes =
+      Shape::kStages * kStageBytes > Sums::kBytes ? Shape::kStages* kStageBytes : Sums::kBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "what every GPU from sm_80 on can give a block");
+};
+
+template <class Shape, class Product>
+__global__ void __launch_bounds__(Shape::kThreads)
+    product_kernel(Product product, int64_t tiles_m, int64_t tiles_n, int64_t steps_each) {
+  using T = typename Shape::Type;
+  using Tiles = ProductTiles<Shape, Product>;
+  using Expanded = ExpandedTile<typename Tiles::B, Shape::kThreads, T>;
+  constexpr int kStages = Shape::kStages;
+  const TileAt tile = tile_of_block(blockIdx.x, tiles_m, tiles_n);
+  const int64_t m0 = tile.m * Shape::kRows, n0 = tile.n * Shape::kColumns;
+  const int64_t first = int64_t(blockIdx.y) * steps_each;
+  const int64_t left = ceil_div(product.depth(), Shape::kDepth) - first;
+  const int64_t steps = left < steps_each ? left : steps_each;
+  const auto a_of = [&](int64_t stage) { return dynamic_shared<T>(stage * Tiles::kStageBytes); };
+  const auto b_of = [&](int64_t stage) {
+    return dynamic_shared<T>(stage * Tiles::kStageBytes + Tiles::A::kBytes);
+  };
+  const auto load = [&](int64_t step, Expanded& expanded) {
+    if (step < steps) {
+      const int64_t k = (first + step) * Shape::kDepth, stage = step % kStages;
+      load_tile<typename Tiles::A, Shape::kThreads>(a_of(stage), product.a,
+                                                    Product::kA == Layout::kAlong ? m0 : k,
+                                                    Product::kA == Layout::kAlong ? k : m0);
+      const int64_t row = Product::kB == Layout::kAlong ? n0 : k;
+      const int64_t column = Product::kB == Layout::kAlong ? k : n0;
+      if constexpr (Product::kSparseB) {
+        expanded.fetch(product.b, row, column);
+      } else {
+        load_tile<typename Tiles::B, Shape::kThreads>(b_of(stage), product.b, row, column);
+      }
+    }
+    cp_async_commit();
+  };
+  const auto finish_load = [&](int64_t step, const Expanded& expanded) {
+    if constexpr (Product::kSparseB)
+      if (step < steps) expanded.expand(b_of(step % kStages));
+  };
+
+  typename Shape::Sums sums;
+  sums.clear();
+#pragma unroll 1
+  for (int step = 0; step < kStages - 1; ++step) {
+    Expanded expanded;
+    load(step, expanded);
+    finish_load(step, expanded);
+  }
+#pragma unroll 1
+  for (int64_t step = 0; step < steps; ++step) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // the stage is there, and the one before it has been read by all
+    Expanded expanded;
+    load(step + kStages - 1, expanded);
+    block_product<typename Shape::Grid, Product::kA, Product::kB, Shape::kDepth, Tiles::A::kStride,
+                  Tiles::B::kStride>(sums, a_of(step % kStages), b_of(step % kStages));
+    finish_load(step + kStages - 1, expanded);
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // the stages are free: the sums take their place
+  float* tile_sums = dynamic_shared<float>();
+  block_store_sums<typename Shape::Grid, Tiles::Sums::kStride>(tile_sums, sums);
+  __syncthreads();
+  product.template store<Shape, Tiles::Sums::kStride>(tile_sums, m0, n0, int64_t(blockIdx.y));
+}
+
+// f(row, column, sums at it) for a thread's pieces of kPiece columns of the tile of sums.
+template <class Shape, int kStride, int kPiece, class F>
+__device__ __forceinline__ void each_piece_of_sums(const float* sums, F f) {
+  constexpr int kInRow = Shape::kColumns / kPiece;
+  for (int i = int(threadIdx.x); i < Shape::kRows * kInRow; i += Shape::kThreads) {
+    const int row = i / kInRow, column = i % kInRow * kPiece;
+    f(row, column, sums + row * kStride + column);
+  }
+}
+
+template <class T>
+struct LinearProduct {
+  static constexpr Layout kA = Layout::kAlong, kB = Layout::kAlong;
+  static constexpr bool kSparseB = true;
+  Matrix<T> a;  // input
+  SparseWeight<T> b;
+  LinearOutput<T> to;
+  void set_parts(Parts parts) { to.parts = parts; }
+  __device__ __forceinline__ int64_t depth() const { return 8 * b.row_bytes; }
+
+  template <class Shape, int kStride>
+  __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
+                                        int64_t part) const {
+    constexpr int kPiece = kPackOf16Bytes<T>;
+    each_piece_of_sums<Shape, kStride, kPiece>(sums, [&](int row, int column, const float* at) {
+      const int64_t m = m0 + row, n = n0 + column;
+      const int count = m < to.rows ? inside<kPiece>(n, to.columns) : 0;
+      if (count) to.write(m, n, count, read_sums<T>(at), part);
+    });
+  }
+};
+
+template <class T>
+struct GradInputProduct {
+  static constexpr Layout kA = Layout::kAlong, kB = Layout::kAcross;
+  static constexpr bool kSparseB = true;
+  Matrix<T> a;  // grad_sum
+  SparseWeight<T> b;
+  LinearOutput<T> to;
+  void set_parts(Parts parts) { to.parts = parts; }
+  __device__ __forceinline__ int64_t depth() const { return b.rows; }
+
+  template <class Shape, int kStride>
+  __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
+                                        int64_t part) const {
+    LinearProduct<T>{a, b, to}.template store<Shape, kStride>(sums, m0, n0, part);
+  }
+};
+
+template <class T>
+struct GradValuesProduct {
+  static constexpr Layout kA = Layout::kAcross, kB = Layout::kAcross;
+  static constexpr bool kSparseB = false;
+  Matrix<T> a, b;  // grad_sum, input
+  const uint8_t* metadata;
+  int64_t rows, row_bytes;  // O, P / 8
+  T* grad_values;           // [O, P / 2]
+  Parts parts;
+  void set_parts(Parts p) { parts = p; }
+  __device__ __forceinline__ int64_t depth() const { return a.rows; }
+
+  template <class Shape, int kStride>
+  __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
+                                        int64_t part) const {
+    each_piece_of_sums<Shape, kStride, 8>(sums, [&](int row, int column, const float* at) {
+      const int64_t o = m0 + row, byte = (n0 + column) / 8;
+      if (o >= rows || byte >= row_bytes) return;
+      const int64_t index = o * row_bytes + byte;
+      const uint32_t code = metadata[index];
+      float kept[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // kept, so in the tile; columns from I to P are sums of zeros
+        kept[i] = at[i / 2 * 4 + int(code >> (2 * i) & 3)];
+      }
+      if (parts.at) return write_floats(parts.at + part * parts.count + 4 * index, kept, 4, true);
+      Pack<T, 4> pack;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pack.at[i] = from_float<T>(kept[i]);
+      store_pack(grad_values + 4 * index, pack);
+    });
+  }
+};
+
+}  // namespace recsparse
