@@ -58,8 +58,8 @@ __device__ __forceinline__ float slope_of_output(float y, Activation activation)
 // Over the elements of an array; the choice is made once for all of them.
 template <int kCount, class F>
 __device__ __forceinline__ void each_with(Activation activation, F f) {
-#define RS_EACH(code)       \
-  case Activation::code:    \
+#define RS_EACH(code)                                        \
+  case Activation::code:                                     \
     for (int i = 0; i < kCount; ++i) f(i, Activation::code); \
     break;
   switch (activation) {

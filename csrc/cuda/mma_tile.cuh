@@ -1,8 +1,9 @@
 // Tiles of matrices in shared memory and their products, for kernels that are made of them.
 //
-//   Tile          shape and layout of a tile; load_tile fills it by cp.async, zeros outside the matrix
-//   warp_product  acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA for float32
-//   store_sums    acc to a float32 tile, from which each thread takes whole 16-byte pieces (`Piece`)
+//   Tile          shape and layout of a tile; load_tile fills it by cp.async, zeros outside the
+//   matrix warp_product  acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA for
+//   float32 store_sums    acc to a float32 tile, from which each thread takes whole 16-byte pieces
+//   (`Piece`)
 //                 of rows: global memory is read and written in wide accesses, whatever the tile
 //
 // Either operand lies in its tile with k along the rows, [m][k], or across them, [k][m]: no matrix
@@ -59,10 +60,10 @@ struct PieceAt {
 };
 
 // f(PieceAt, i) for the pieces of this thread, the i-th of them; the same ones at every call.
-template <class TileOf, int kThreads, class F>
+template <class TileOf, int kThreads, int kUnroll = 1, class F>
 __device__ __forceinline__ void each_piece(F f) {
   constexpr int kTurns = (TileOf::kPieces + kThreads - 1) / kThreads;
-#pragma unroll 1
+#pragma unroll kUnroll
   for (int i = 0; i < kTurns; ++i) {
     const int piece = int(threadIdx.x) + i * kThreads;
     if (TileOf::kPieces % kThreads == 0 || piece < TileOf::kPieces)
@@ -95,28 +96,26 @@ __device__ __forceinline__ int inside(int64_t first, int64_t end) {
   return left >= kPiece ? kPiece : left > 0 ? int(left) : 0;
 }
 
-// Starts to copy the tile at (row0, column0). A barrier, after the wait, makes it visible to others.
+// Starts to copy the tile at (row0, column0). A barrier, after the wait, makes it visible to
+// others.
 template <class TileOf, int kThreads, class T>
 __device__ __forceinline__ void load_tile(T* shared, const Matrix<T>& from, int64_t row0,
                                           int64_t column0) {
-  constexpr int kPiece = TileOf::kPiece, kTurns = TileOf::kPieces / kThreads;
-  if (TileOf::kPieces % kThreads == 0 && from.width == 16 &&
-      column0 + TileOf::kColumns <= from.columns) {
-    constexpr int kRowsInTurn = kThreads / TileOf::kPiecesInRow > 0
-                                    ? kThreads / TileOf::kPiecesInRow
-                                    : 1;  // a thread keeps its columns from turn to turn
-    if constexpr (kThreads % TileOf::kPiecesInRow == 0) {
+  constexpr int kPiece = TileOf::kPiece;
+  if constexpr (TileOf::kPieces % kThreads == 0 && kThreads % TileOf::kPiecesInRow == 0) {
+    // a thread keeps its columns: one address, then steps of whole rows
+    if (from.width == 16 && column0 + TileOf::kColumns <= from.columns) {
+      constexpr int kStep = kThreads / TileOf::kPiecesInRow;
       const int row = int(threadIdx.x) / TileOf::kPiecesInRow;
       const int column = int(threadIdx.x) % TileOf::kPiecesInRow * kPiece;
-      const int64_t rows = from.rows - row0 - row;
-      const T* global = from.at + (rows > 0 ? (row0 + row) * from.stride + column0 + column : 0);
+      const int64_t left = from.rows - row0 - row;
+      const T* global = from.at + (left > 0 ? (row0 + row) * from.stride + column0 + column : 0);
       T* target = shared + row * TileOf::kStride + column;
-      const int64_t step = kRowsInTurn * from.stride;
 #pragma unroll
-      for (int i = 0; i < kTurns; ++i) {
-        const bool valid = i * kRowsInTurn < rows;
-        cp_async_16(target + i * kRowsInTurn * TileOf::kStride, valid ? global : from.at, valid);
-        global += step;
+      for (int i = 0; i < TileOf::kPieces / kThreads; ++i) {
+        const bool valid = i * kStep < left;
+        cp_async_16(target + i * kStep * TileOf::kStride, valid ? global : from.at, valid);
+        global += kStep * from.stride;
       }
       return;
     }
@@ -176,10 +175,19 @@ __device__ __forceinline__ void write_piece(T* shared, const Piece<T>& values) {
   write_piece(shared, values, kPackOf16Bytes<T>, 16);
 }
 
+// at[e] = f(at[e], e) of a piece in shared memory: a loop, so that what f computes is compiled once
+// and not for each element.
+template <int kPiece, class T, class F>
+__device__ __forceinline__ void map_piece(T* at, F f) {
+#pragma unroll 1
+  for (int e = 0; e < kPiece; ++e) at[e] = from_float<T>(f(to_float(at[e]), e));
+}
+
 // ---- products ----
 
-// The tensor cores' output layout, which float32 shares: acc[i][j] is the 16 x 8 tile at (16 i, 8 j)
-// of the warp's, and of it lane 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// The tensor cores' output layout, which float32 shares: acc[i][j] is the 16 x 8 tile at (16 i, 8
+// j) of the warp's, and of it lane 4 g + t holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t +
+// 1).
 template <int kTilesM, int kTilesN>
 struct WarpSums {
   float at[kTilesM][kTilesN][4];
@@ -304,8 +312,7 @@ struct SumTile {
 };
 
 template <int kStride, int kTilesM, int kTilesN>
-__device__ __forceinline__ void store_sums(float* tile,
-                                           const WarpSums<kTilesM, kTilesN>& sums) {
+__device__ __forceinline__ void store_sums(float* tile, const WarpSums<kTilesM, kTilesN>& sums) {
   const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m)
@@ -346,7 +353,24 @@ struct WarpGrid {
   __device__ static int column() { return warp_id() % kWarpsN * kWarpColumns; }
 };
 
-// The same for a whole block: every warp its part of the tiles' product.
+// store_sums for T: f(row, column, value) of the block's sums, pairs of columns rounded to T.
+template <class Grid, int kStride, class T, class F>
+__device__ __forceinline__ void block_store_rounded(T* tile, const typename Grid::Sums& sums, F f) {
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int m = 0; m < Grid::kWarpRows / 16; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int n = 0; n < Grid::kWarpColumns / 8; ++n) {
+        const int row = Grid::row() + 16 * m + 8 * h + g, column = Grid::column() + 8 * n + 2 * t;
+        store_pack<T, 2>(tile + row * kStride + column,
+                         {{from_float<T>(f(row, column, sums.at[m][n][2 * h])),
+                           from_float<T>(f(row, column + 1, sums.at[m][n][2 * h + 1]))}});
+      }
+}
+
+// Every warp its part of the tiles' product.
 template <class Grid, Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB, class T>
 __device__ __forceinline__ void block_product(typename Grid::Sums& sums, const T* a, const T* b) {
   warp_product<kA, kB, kDepth, kStrideA, kStrideB>(
