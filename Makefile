@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_out
 
-.PHONY: demo test lint bench wheel build sanitize clean
+.PHONY: demo test lint bench gpu wheel build sanitize clean
 
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
@@ -27,6 +27,10 @@ lint: $(VENV)/ready
 
 bench: build
 	$(BIN)/python -m pytest bench -o testpaths=bench -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds -s
+
+# On a machine with a GPU: every case of the tests on it, then the GPU benches; under eight minutes.
+gpu: build
+	$(BIN)/python -m bench.gpu
 
 wheel: $(VENV)/ready
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
