@@ -1,16 +1,11 @@
 // 2:4 linear on CUDA: checks, choice of tiles, launches.
-//   bf16, f16: sparse tensor cores (sparse24_linear_kernels.cuh) for any batch
-//   float32: full precision, so no tensor cores; tiles of the weight expanded in shared memory, and
-//   for few rows a kernel that is as fast as the weight's bytes arrive
-#include "../sparse24.h"
+//   bf16, f16: sparse tensor cores, here
+//   float32: sparse24_linear_float.cu
+#include "sparse24_linear.h"
 #include "sparse24_linear_kernels.cuh"
-#include "sparse24_product.h"
-#include "sparse24_product_kernels.cuh"
 
 namespace recsparse {
 namespace {
-
-constexpr int64_t kFewRows = 16;
 
 //                                     O    B    warps O, B, K, stages
 template <class T>
@@ -19,33 +14,22 @@ template <class T>
 using SomeRows = SparseShape<T, 64, 64, 2, 2, 1, 4>;
 template <class T>
 using FewRows = SparseShape<T, 32, 16, 1, 1, 4, 5>;
-using FloatShape = ProductShape<float, 64, 64, 2, 2, 16, 3>;
-
-template <class T>
-struct LinearCall {
-  const Stream& stream;
-  Matrix<T> input;
-  SparseWeight<T> weight;
-  LinearOutput<T> to;
-  int64_t elements;  // of operands and result
-};
 
 template <class Shape, class T>
 void launch_sparse(const LinearCall<T>& call) {
   const auto& [stream, input, weight, to, elements] = call;
   const int64_t tiles_b = ceil_div(to.rows, Shape::kBlockB);
   const int64_t tiles_o = ceil_div(to.columns, Shape::kBlockO);
-  const int64_t count = to.rows * to.columns;
   const int64_t steps = ceil_div(8 * weight.row_bytes, Shape::kDepth);
   const Split split = split_depth(stream, tiles_b * tiles_o, steps, Shape::kWarpsK > 1 ? 2 : 4,
-                                  most_parts<T>(elements, count));
+                                  most_parts<T>(elements, to.rows * to.columns));
   const Matrix<T> values = matrix(weight.values, weight.rows, 4 * weight.row_bytes);
   const int metadata_width = [&] {
     for (const int width : {8, 4})
       if (is_aligned(weight.metadata, width) && weight.row_bytes % width == 0) return width;
     return 1;
   }();
-  with_parts<T>(stream, "sparse24_linear_sum", split, count, to, [&](Parts parts) {
+  with_parts(stream, "sparse24_linear_sum", split, to, [&](Parts parts) {
     LinearOutput<T> part = to;
     part.parts = parts;
     launch(stream, "sparse24_linear", sparse_linear_kernel<Shape, T>,
@@ -66,43 +50,6 @@ void run_linear(const LinearCall<T>& call) {
   launch_sparse<ManyRows<T>>(call);
 }
 
-template <int kRows>
-void launch_rows(const LinearCall<float>& call) {
-  // a block's warps share outputs where there are not enough of those for every multiprocessor
-  int warps_k = 1;
-  const auto blocks = [&] {
-    return ceil_div(call.to.columns, kRowsWarps / warps_k * kRowsOutputs);
-  };
-  while (warps_k < kRowsWarps && blocks() < call.stream.multiprocessors() &&
-         call.weight.row_bytes > warps_k * kWarp)
-    warps_k *= 2;
-  launch(call.stream, "sparse24_linear_rows", linear_rows_kernel<kRows>, {blocks()},
-         {kRowsWarps * kWarp}, 0, call.input, call.weight, call.to, warps_k);
-}
-
-template <>
-void run_linear(const LinearCall<float>& call) {
-  const auto& [stream, input, weight, to, elements] = call;
-  if (to.rows == 1) return launch_rows<1>(call);
-  if (to.rows <= 4) return launch_rows<4>(call);
-  if (to.rows <= kFewRows) return launch_rows<kFewRows>(call);
-  using Product = LinearProduct<float>;
-  const int64_t tiles_b = ceil_div(to.rows, FloatShape::kRows);
-  const int64_t tiles_o = ceil_div(to.columns, FloatShape::kColumns);
-  const int64_t count = to.rows * to.columns;
-  const Split split =
-      split_depth(stream, tiles_b * tiles_o, ceil_div(8 * weight.row_bytes, FloatShape::kDepth), 16,
-                  most_parts<float>(elements, count));
-  with_parts<float>(stream, "sparse24_linear_sum", split, count, to, [&](Parts parts) {
-    Product product = {input, weight, to};
-    product.set_parts(parts);
-    launch(stream, "sparse24_linear", product_kernel<FloatShape, Product>,
-           {tiles_b * tiles_o, split.parts}, {FloatShape::kThreads},
-           ProductTiles<FloatShape, Product>::kSharedBytes, product, tiles_b, tiles_o,
-           split.steps_each);
-  });
-}
-
 std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& values,
                                            const Tensor& metadata, const MaybeTensor& bias,
                                            int64_t activation, bool keep_sum) {
@@ -118,20 +65,19 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
                           : torch::stable::new_empty(input, {0});
     if (size.batch == 0 || size.out_features == 0) return std::tuple<Tensor, Tensor>(output, sum);
     T* to = mutable_data<T>(stream, output);
-    run_linear(LinearCall<T>{
-        stream,
-        matrix(data<T>(stream, x), size.batch, size.in_features),
-        sparse_weight(data<T>(stream, v), data<uint8_t>(stream, m), size.out_features,
-                      size.padded / 8),
-        {to,
-         keep_sum ? mutable_data<T>(stream, sum) : nullptr,
-         data<T>(stream, b),
-         size.batch,
-         size.out_features,
-         Activation(activation),
-         matrix(to, size.batch, size.out_features).width,
-         {}},
-        size.batch * (size.in_features + size.out_features) + size.out_features * size.padded / 2});
+    run_linear(LinearCall<T>{stream,
+                             matrix(data<T>(stream, x), size.batch, size.in_features),
+                             sparse_weight(data<T>(stream, v), data<uint8_t>(stream, m),
+                                           size.out_features, size.padded / 8),
+                             {to,
+                              keep_sum ? mutable_data<T>(stream, sum) : nullptr,
+                              data<T>(stream, b),
+                              size.batch,
+                              size.out_features,
+                              Activation(activation),
+                              pairs_aligned(size.out_features),
+                              {}},
+                             elements_of(size)});
     return std::tuple<Tensor, Tensor>(output, sum);
   });
 }

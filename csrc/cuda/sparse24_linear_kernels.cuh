@@ -1,4 +1,4 @@
-// 2:4 linear on sparse tensor cores (bf16, f16), and for few rows in float32.
+// 2:4 linear on sparse tensor cores (bf16, f16).
 //   output[b, o] = activation(sum_i W[o, i] input[b, i] + bias[o])
 //   input [B, I]   W [O, I] as values [O, P / 2], metadata [O, P / 8]   output [B, O]
 //
@@ -157,73 +157,21 @@ __global__ void __launch_bounds__(Shape::kThreads)
         tile_sums[(slice * Shape::kBlockB + b) * Shape::kSumStride + o] = sums.at[m][n][i];
       }
   __syncthreads();
-  constexpr int kPiece = kPackOf16Bytes<T>, kInRow = Shape::kBlockO / kPiece;
+  constexpr int kInRow = Shape::kBlockO / kPair;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < Shape::kBlockB * kInRow; i += Shape::kThreads) {
-    const int64_t b = b0 + i / kInRow, o = o0 + i % kInRow * kPiece;
-    const int count = b < to.rows ? inside<kPiece>(o, to.columns) : 0;
+    const int64_t b = b0 + i / kInRow, o = o0 + i % kInRow * kPair;
+    const int count = b < to.rows ? inside<kPair>(o, to.columns) : 0;
     if (count == 0) continue;
-    const float* at = tile_sums + i / kInRow * Shape::kSumStride + i % kInRow * kPiece;
-    Piece<T> total = read_sums<T>(at);
-    for (int k = 1; k < Shape::kWarpsK; ++k) {
-      const Piece<T> more = read_sums<T>(at + k * Shape::kBlockB * Shape::kSumStride);
+    const float* at = tile_sums + i / kInRow * Shape::kSumStride + i % kInRow * kPair;
+    float total[kPair] = {at[0], at[1]};
 #pragma unroll
-      for (int e = 0; e < kPiece; ++e) total.at[e] += more.at[e];
+    for (int k = 1; k < Shape::kWarpsK; ++k) {
+      at += Shape::kBlockB * Shape::kSumStride;
+      total[0] += at[0];
+      total[1] += at[1];
     }
     to.write(b, o, count, total, int64_t(blockIdx.y));
-  }
-}
-
-// ---- few rows in float32: the weight's bytes are the time ----
-
-constexpr int kRowsOutputs = 4;  // of a warp: each input it reads serves as many
-constexpr int kRowsWarps = 8;
-
-// A lane has eight columns of four weight rows, and the same columns of every input row. `warps_k`
-// warps of a block share outputs and split their columns.
-template <int kRows>
-__global__ void __launch_bounds__(kRowsWarps* kWarp)
-    linear_rows_kernel(Matrix<float> input, SparseWeight<float> weight, LinearOutput<float> to,
-                       int warps_k) {
-  const int lane = lane_id(), warp = warp_id();
-  const int64_t block_o = int64_t(blockIdx.x) * (kRowsWarps / warps_k) * kRowsOutputs;
-  const int64_t o0 = block_o + warp / warps_k * kRowsOutputs;
-  float sums[kRowsOutputs][kRows] = {};
-  for (int64_t byte = int64_t(warp % warps_k) * kWarp + lane; byte < weight.row_bytes;
-       byte += int64_t(warps_k) * kWarp) {
-    float w[kRowsOutputs][8];
-#pragma unroll
-    for (int o = 0; o < kRowsOutputs; ++o) {
-      const PackedEight<float> packed = load_packed(weight, o0 + o, byte);
-      expand_eight(w[o], packed.kept, packed.code);
-    }
-#pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      if (b >= input.rows) break;
-      float x[8];
-      load_eight(x, input.at + b * input.stride, 8 * byte, input.columns, input.width == 16);
-#pragma unroll
-      for (int o = 0; o < kRowsOutputs; ++o)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[o][b] = fmaf(w[o][i], x[i], sums[o][b]);
-    }
-  }
-  RS_SHARED(float, totals, [kRowsWarps][kRowsOutputs][kRows]);
-#pragma unroll
-  for (int o = 0; o < kRowsOutputs; ++o)
-#pragma unroll
-    for (int b = 0; b < kRows; ++b) {
-      const float total = warp_sum(sums[o][b]);
-      if (lane == 0) totals[warp][o][b] = total;
-    }
-  __syncthreads();
-  const int outputs = kRowsWarps / warps_k * kRowsOutputs;
-  for (int i = int(threadIdx.x); i < outputs * kRows; i += kRowsWarps * kWarp) {
-    const int o = i % outputs, b = i / outputs;
-    if (b >= to.rows || block_o + o >= to.columns) continue;
-    float total = 0.0f;
-    for (int k = 0; k < warps_k; ++k)
-      total += totals[o / kRowsOutputs * warps_k + k][o % kRowsOutputs][b];
-    to.write(b, block_o + o, 1, Piece<float>{{total}}, 0);
   }
 }
 

@@ -1,12 +1,13 @@
-// How the depth of a product is split between blocks, for the launches of the 2:4 products.
+// Launches of the 2:4 products: tiles for the blocks, and the depth split between blocks.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
 
+#include "../sparse24.h"
 #include "launch.h"
-#include "sparse24_tiles.cuh"
+#include "sparse24_product_kernels.cuh"
 
 namespace recsparse {
 
@@ -34,28 +35,57 @@ int64_t most_parts(int64_t elements, int64_t count) {
 
 // Runs launch_product(parts), which writes the sums of each part or, if there is one, the result;
 // then adds the parts up.
-template <class T, class F>
-void with_parts(const Stream& stream, const char* name, const Split& split, int64_t count,
-                LinearOutput<T> to, F launch_product) {
+template <class Output, class F>
+void with_parts(const Stream& stream, const char* name, const Split& split, const Output& to,
+                F launch_product) {
+  const int64_t count = to.rows * to.columns;
   if (split.parts == 1) return launch_product(Parts{nullptr, count});
   const Scratch<float> sums(stream, split.parts * count);
   const Parts parts = {sums.get(), count};
   launch_product(parts);
-  launch(stream, name, sum_parts_kernel<T>, {ceil_div(count, kSumThreads)}, {kSumThreads}, 0, parts,
-         split.parts, to);
+  launch(stream, name, sum_parts_kernel<Output>, {ceil_div(count, kSumThreads)}, {kSumThreads}, 0,
+         parts, split.parts, to);
 }
 
-// output [rows, columns], contiguous, with nothing added to the sums.
+// Whether pairs of every row of a new tensor with so many columns are aligned.
+inline bool pairs_aligned(int64_t columns) { return columns % kPair == 0; }
+
+//                          M    N   warps, depth, stages
 template <class T>
-LinearOutput<T> plain_output(T* output, int64_t rows, int64_t columns) {
-  return {output,
-          nullptr,
-          nullptr,
-          rows,
-          columns,
-          Activation::kNone,
-          matrix(output, rows, columns).width,
-          {nullptr, rows * columns}};
+using LargeShape = ProductShape<T, 128, 128, 2, 2, 32, 3>;
+template <class T>
+using SmallShape = ProductShape<T, 64, 64, 2, 2, 64 / int(sizeof(T)), 3>;
+
+// rows x columns sums; `elements`: of the operands and the result.
+template <class Shape, class Product>
+void launch_product(const Stream& stream, const char* name, Product product, int64_t rows,
+                    int64_t columns, int64_t elements) {
+  const int64_t tiles_m = ceil_div(rows, Shape::kRows);
+  const int64_t tiles_n = ceil_div(columns, Shape::kColumns);
+  const Split split =
+      split_depth(stream, tiles_m * tiles_n, ceil_div(product.depth(), Shape::kDepth), 4,
+                  most_parts<typename Shape::Type>(elements, product.to.rows * product.to.columns));
+  with_parts(stream, name, split, product.to, [&](Parts parts) {
+    product.to.parts = parts;
+    launch(stream, name, product_kernel<Shape, Product>, {tiles_m * tiles_n, split.parts},
+           {Shape::kThreads}, ProductTiles<Shape, Product>::kSharedBytes, product, tiles_m, tiles_n,
+           split.steps_each);
+  });
+}
+template <class T, class Product>
+void run_product(const Stream& stream, const char* name, const Product& product, int64_t rows,
+                 int64_t columns, int64_t elements) {
+  if constexpr (sizeof(T) == 2) {
+    if (ceil_div(rows, LargeShape<T>::kRows) * ceil_div(columns, LargeShape<T>::kColumns) >=
+        stream.multiprocessors())
+      return launch_product<LargeShape<T>>(stream, name, product, rows, columns, elements);
+  }
+  launch_product<SmallShape<T>>(stream, name, product, rows, columns, elements);
+}
+
+// What a product reads and writes, for most_parts.
+inline int64_t elements_of(const Sparse24Sizes& size) {
+  return size.batch * (size.in_features + size.out_features) + size.out_features * size.padded / 2;
 }
 
 }  // namespace recsparse

@@ -102,10 +102,21 @@ __global__ void __launch_bounds__(Shape::kThreads)
 template <class Shape, int kStride, int kPiece, class F>
 __device__ __forceinline__ void each_piece_of_sums(const float* sums, F f) {
   constexpr int kInRow = Shape::kColumns / kPiece;
+#pragma unroll 1
   for (int i = int(threadIdx.x); i < Shape::kRows * kInRow; i += Shape::kThreads) {
     const int row = i / kInRow, column = i % kInRow * kPiece;
     f(row, column, sums + row * kStride + column);
   }
+}
+// To an output of rows m and columns n.
+template <class Shape, int kStride, class Output>
+__device__ __forceinline__ void store_output(const Output& to, const float* sums, int64_t m0,
+                                             int64_t n0, int64_t part) {
+  each_piece_of_sums<Shape, kStride, kPair>(sums, [&](int row, int column, const float* at) {
+    const int count = m0 + row < to.rows ? inside<kPair>(n0 + column, to.columns) : 0;
+    float values[kPair] = {at[0], at[1]};
+    if (count) to.write(m0 + row, n0 + column, count, values, part);
+  });
 }
 
 template <class T>
@@ -115,18 +126,11 @@ struct LinearProduct {
   Matrix<T> a;  // input
   SparseWeight<T> b;
   LinearOutput<T> to;
-  void set_parts(Parts parts) { to.parts = parts; }
-  __device__ __forceinline__ int64_t depth() const { return 8 * b.row_bytes; }
-
+  __host__ __device__ int64_t depth() const { return 8 * b.row_bytes; }
   template <class Shape, int kStride>
   __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
                                         int64_t part) const {
-    constexpr int kPiece = kPackOf16Bytes<T>;
-    each_piece_of_sums<Shape, kStride, kPiece>(sums, [&](int row, int column, const float* at) {
-      const int64_t m = m0 + row, n = n0 + column;
-      const int count = m < to.rows ? inside<kPiece>(n, to.columns) : 0;
-      if (count) to.write(m, n, count, read_sums<T>(at), part);
-    });
+    store_output<Shape, kStride>(to, sums, m0, n0, part);
   }
 };
 
@@ -136,14 +140,12 @@ struct GradInputProduct {
   static constexpr bool kSparseB = true;
   Matrix<T> a;  // grad_sum
   SparseWeight<T> b;
-  LinearOutput<T> to;
-  void set_parts(Parts parts) { to.parts = parts; }
-  __device__ __forceinline__ int64_t depth() const { return b.rows; }
-
+  PlainOutput<T> to;
+  __host__ __device__ int64_t depth() const { return b.rows; }
   template <class Shape, int kStride>
   __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
                                         int64_t part) const {
-    LinearProduct<T>{a, b, to}.template store<Shape, kStride>(sums, m0, n0, part);
+    store_output<Shape, kStride>(to, sums, m0, n0, part);
   }
 };
 
@@ -153,31 +155,21 @@ struct GradValuesProduct {
   static constexpr bool kSparseB = false;
   Matrix<T> a, b;  // grad_sum, input
   const uint8_t* metadata;
-  int64_t rows, row_bytes;  // O, P / 8
-  T* grad_values;           // [O, P / 2]
-  Parts parts;
-  void set_parts(Parts p) { parts = p; }
-  __device__ __forceinline__ int64_t depth() const { return a.rows; }
+  int64_t row_bytes;  // P / 8
+  PlainOutput<T> to;  // [O, P / 2]
+  __host__ __device__ int64_t depth() const { return a.rows; }
 
+  // A group of four columns of the dense gradient gives two values: its sums are in the tile, and
+  // zeros in the columns from I to P.
   template <class Shape, int kStride>
   __device__ __forceinline__ void store(const float* sums, int64_t m0, int64_t n0,
                                         int64_t part) const {
-    each_piece_of_sums<Shape, kStride, 8>(sums, [&](int row, int column, const float* at) {
-      const int64_t o = m0 + row, byte = (n0 + column) / 8;
-      if (o >= rows || byte >= row_bytes) return;
-      const int64_t index = o * row_bytes + byte;
-      const uint32_t code = metadata[index];
-      float kept[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // kept, so in the tile; columns from I to P are sums of zeros
-        kept[i] = at[i / 2 * 4 + int(code >> (2 * i) & 3)];
-      }
-      if (parts.at) return write_floats(parts.at + part * parts.count + 4 * index, kept, 4, true);
-      Pack<T, 4> pack;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) pack.at[i] = from_float<T>(kept[i]);
-      store_pack(grad_values + 4 * index, pack);
+    each_piece_of_sums<Shape, kStride, 4>(sums, [&](int row, int column, const float* at) {
+      const int64_t o = m0 + row, group = (n0 + column) / 4;
+      if (o >= to.rows || group >= 2 * row_bytes) return;
+      const uint32_t code = metadata[o * row_bytes + group / 2] >> (group % 2 * 4);
+      float kept[kPair] = {at[code & 3], at[code >> 2 & 3]};
+      to.write(o, 2 * group, kPair, kept, part);
     });
   }
 };

@@ -86,21 +86,43 @@ struct Parts {
   int64_t count;
 };
 
-template <int kCount>
-__device__ __forceinline__ void write_floats(float* to, const float (&values)[kCount], int count,
-                                             bool aligned) {
-  if (aligned && count == kCount) {
-#pragma unroll
-    for (int e = 0; e < kCount; e += 4)
-      store_pack<float, 4>(to + e, {{values[e], values[e + 1], values[e + 2], values[e + 3]}});
+// Two neighbours of a row, as a thread writes them: lanes beside each other fill whole sectors of
+// rows of any alignment, and what is computed on the way is compiled twice, not once for each of
+// the elements of a 16-byte store.
+constexpr int kPair = 2;
+template <class T>
+__device__ __forceinline__ void write_pair(T* to, const float (&values)[kPair], int count,
+                                           bool aligned) {
+  if (aligned && count == kPair) {
+    store_pack<T, kPair>(to, {{from_float<T>(values[0]), from_float<T>(values[1])}});
   } else {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (e < count) to[e] = values[e];
+    for (int e = 0; e < kPair; ++e)
+      if (e < count) to[e] = from_float<T>(values[e]);
   }
 }
 
-// output [B, O] = activation(sum + bias), and the sum where it is kept.
+// output [rows, columns] = sum
+template <class T>
+struct PlainOutput {
+  T* output;
+  int64_t rows, columns;
+  bool aligned;  // pairs of every row
+  Parts parts;
+
+  // `count` elements of a row from a column on
+  __device__ __forceinline__ void write(int64_t row, int64_t column, int count,
+                                        float (&values)[kPair], int64_t part) const {
+    const int64_t at = row * columns + column;
+    if (parts.at) return write_pair(parts.at + part * parts.count + at, values, count, aligned);
+    write_pair(output + at, values, count, aligned);
+  }
+  __device__ __forceinline__ void write_total(int64_t at, float total) const {
+    output[at] = from_float<T>(total);
+  }
+};
+
+// output [rows, columns] = activation(sum + bias), and the sum where it is kept.
 template <class T>
 struct LinearOutput {
   T* output;
@@ -108,40 +130,38 @@ struct LinearOutput {
   const T* bias;  // or null
   int64_t rows, columns;
   Activation activation;
-  int width;  // of output and sum (`Matrix`)
+  bool aligned;  // pairs of every row of output and sum
   Parts parts;
 
-  // `count` elements of row b from column o on
-  __device__ __forceinline__ void write(int64_t b, int64_t o, int count, Piece<T> piece,
-                                        int64_t part) const {
-    constexpr int kPiece = kPackOf16Bytes<T>;
-    const int64_t at = b * columns + o;
-    if (parts.at)
-      return write_floats(parts.at + part * parts.count + at, piece.at, count, columns % 4 == 0);
+  __device__ __forceinline__ void write(int64_t row, int64_t column, int count,
+                                        float (&values)[kPair], int64_t part) const {
+    const int64_t at = row * columns + column;
+    if (parts.at) return write_pair(parts.at + part * parts.count + at, values, count, aligned);
     if (bias) {
 #pragma unroll
-      for (int e = 0; e < kPiece; ++e)
-        if (e < count) piece.at[e] += to_float(bias[o + e]);
+      for (int e = 0; e < kPair; ++e)
+        if (e < count) values[e] += to_float(bias[column + e]);
     }
-    if (sum) write_piece(sum + at, piece, count, width);
-    if (activation != Activation::kNone) {
+    if (sum) write_pair(sum + at, values, count, aligned);
 #pragma unroll
-      for (int e = 0; e < kPiece; ++e) piece.at[e] = activate(piece.at[e], activation);
-    }
-    write_piece(output + at, piece, count, width);
+    for (int e = 0; e < kPair; ++e) values[e] = activate(values[e], activation);
+    write_pair(output + at, values, count, aligned);
+  }
+  __device__ __forceinline__ void write_total(int64_t at, float total) const {
+    if (bias) total += to_float(bias[at % columns]);
+    if (sum) sum[at] = from_float<T>(total);
+    output[at] = from_float<T>(activate(total, activation));
   }
 };
 
-// output[i] = activation(sum over p of parts[p][i], + bias[i % columns])
-template <class T>
-__global__ void sum_parts_kernel(Parts parts, int64_t part_count, LinearOutput<T> to) {
+// The output's element i is made of the sum over p of parts[p][i].
+template <class Output>
+__global__ void sum_parts_kernel(Parts parts, int64_t part_count, Output to) {
   const int64_t at = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
   if (at >= parts.count) return;
   float total = 0.0f;
   for (int64_t p = 0; p < part_count; ++p) total += parts.at[p * parts.count + at];
-  if (to.bias) total += to_float(to.bias[at % to.columns]);
-  if (to.sum) to.sum[at] = from_float<T>(total);
-  to.output[at] = from_float<T>(activate(total, to.activation));
+  to.write_total(at, total);
 }
 
 // ---- which tile a block has ----

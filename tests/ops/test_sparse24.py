@@ -238,6 +238,51 @@ def test_many_groups_of_panels(backend):
         assert_close(name, *three)
 
 
+# (B, I, O) past the tiles that small cases take: the depth of the sums in parts, the largest tiles
+CUDA_SHAPES = [(3, 1040, 20), (40, 600, 30), (600, 33, 20), (270, 130, 140)]
+
+
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels are not built for the CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_tiles_and_parts_of_cuda(shape, dtype):
+    case = make_case(*shape, dtype=dtype)
+    actual = run_backward(*case, "silu", "cuda")
+    exact = run_backward(*doubled(*case), "silu", "reference")
+    baseline = run_backward(*case, "silu", "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B", [6, 20])
+def test_rows_that_begin_anywhere(B, dtype, backend):
+    """Views of flat storage at odd offsets: no access may be wider than the data is aligned."""
+    case = make_case(B, 128, 24, dtype=dtype)
+
+    def moved(t):
+        flat = torch.empty(t.numel() + 1, dtype=t.dtype)[1:]
+        return flat.copy_(t.flatten()).view(t.shape)
+
+    expected = run_backward(*case, None, backend)
+    input, values, metadata, bias, grad = (moved(t) for t in case)
+    output = ops.sparse24_linear(input, values, metadata, bias, backend=backend)
+    torch.testing.assert_close(output, expected[0])
+    grad_input = OPS["sparse24_linear_grad_input"](grad, values, metadata, 128, backend=backend)
+    torch.testing.assert_close(grad_input, expected[1])
+    grad_values = OPS["sparse24_linear_grad_values"](grad, input, metadata, backend=backend)
+    torch.testing.assert_close(grad_values, expected[2])
+    dense = ops.sparse24_decompress(values, metadata, 128, backend=backend)
+    assert torch.equal(dense, reference.sparse24_decompress(case[1], case[2], 128))
+    mask = ops.sparse24_mask(moved(dense), backend=backend)
+    packed = ops.sparse24_compress(moved(dense), moved(mask), backend=backend)
+    assert torch.equal(packed[0], case[1]) and torch.equal(packed[1], case[2])
+    assert torch.equal(ops.sparse24_gather(moved(dense), metadata, backend=backend), case[1])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_against_autograd(activation):
     """The explicit formulas against finite differences and against the dense layer."""
