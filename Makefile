@@ -8,12 +8,19 @@ OUT ?= demo_out
 
 .PHONY: demo test lint bench gpu wheel build sanitize clean
 
+# AUTO, ON or OFF; and for which GPUs, in CMake's words (none: those of the wheel)
+CUDA ?= AUTO
+CUDA_ARCHITECTURES ?=
+CUDA_OPTIONS = -DRECSPARSE_CUDA=$(CUDA) -DRECSPARSE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
+
+# The demo runs on the CPU and does not wait for nvcc.
+demo: CUDA = OFF
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
 # Where nvcc is found the tests' CUDA library is for one GPU: a third of the time to compile.
-CUDA_TEST_ARCHITECTURES ?= 90a-real
-test: TEST_MODULE = -DRECSPARSE_TESTS=ON -DRECSPARSE_CUDA_ARCHITECTURES=$(CUDA_TEST_ARCHITECTURES)
+test: CUDA_ARCHITECTURES = 90a-real
+test: TEST_MODULE = -DRECSPARSE_TESTS=ON
 test: build $(VENV)/triton-oldest
 	$(BIN)/python -m pytest
 
@@ -35,7 +42,7 @@ gpu: build
 	$(BIN)/python -m bench.gpu
 
 wheel: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS) -DRECSPARSE_CUDA_ARCHITECTURES=" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	CMAKE_ARGS="$(CMAKE_ARGS) $(CUDA_OPTIONS)" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 # The op tests under the address and undefined-behaviour sanitizers, on a copy of the package.
 SANITIZE := build/sanitize
@@ -52,7 +59,7 @@ sanitize: $(VENV)/ready
 		$(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(SANITIZE_TESTS))
 
 build: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
+	CMAKE_ARGS="$(CMAKE_ARGS) $(CUDA_OPTIONS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
