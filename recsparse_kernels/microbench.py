@@ -48,6 +48,7 @@ def cases() -> list[Case]:
              partial(_low_rank_bag, 200_000, 128, 16, 2048, 20)),
         Case("low_rank", "LowRankLinear", "B=1024 I=2000 O=2000 R=320",
              partial(_low_rank, 1024, 2000, 320)),
+        Case("low_rank", "LowRankCross", "B=1024 I=3456 R=64", partial(_cross, 1024, 3456, 64)),
         Case("fan_in", "FixedFanInLinear", "B=32 I=768 O=65536 F=32",
              partial(_fan_in, 32, 768, 65536, 32)),
     ]  # fmt: skip
@@ -61,6 +62,23 @@ def _sparse24(batch: int, in_features: int, out_features: int):
 def _low_rank(batch: int, features: int, rank: int):
     dense = nn.Linear(features, features)
     return dense, layers.LowRankLinear.from_dense(dense, rank=rank), (torch.randn(batch, features),)
+
+
+def _cross(batch: int, features: int, rank: int):
+    ours = layers.LowRankCross(features, rank)
+    dense = _DenseCross(nn.Linear(features, features))
+    return dense, ours, (torch.randn(batch, features), torch.randn(batch, features))
+
+
+class _DenseCross(nn.Module):
+    """The cross layer of DCN-v2 with a full matrix: x0 * (W x + b) + x."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x0: Tensor, x: Tensor) -> Tensor:
+        return x0 * self.linear(x) + x
 
 
 def _fan_in(batch: int, in_features: int, labels: int, fan_in: int):
@@ -151,7 +169,6 @@ def tune_cases(
     rounds: int,
     path: Path | None,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> tuning.TuneReport:
     """Measure the backends of the ops that the cases call, with and without gradient, and store them.
 
@@ -160,13 +177,15 @@ def tune_cases(
     report = tuning.TuneReport()
     for case in chosen:
         torch.manual_seed(0)
-        _, ours, inputs = _on(case.make(), device, dtype)
-        for training in (False, True):
-            with torch.set_grad_enabled(training):
-                measured = tuning.tune(ours, *inputs, rounds=rounds, store=False)
-            report.entries += measured.entries
-            report.configs += measured.configs
-            report.skipped += measured.skipped
+        made = case.make()
+        for dtype in (torch.float32, torch.bfloat16):
+            made = _on(made, device, dtype)
+            for training in (False, True):
+                with torch.set_grad_enabled(training):
+                    measured = tuning.tune(made[1], *made[2], rounds=rounds, store=False)
+                report.entries += measured.entries
+                report.configs += measured.configs
+                report.skipped += measured.skipped
     if report.entries:
         report.path = tuning.save(report.entries, path)
     if report.configs:
@@ -182,7 +201,7 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"--device {device}: torch sees no GPU")
     chosen = [case for case in cases() if not args.family or case.family in args.family]
     if args.tune is not None:
-        tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None, device, dtype).show()
+        tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None, device).show()
         return 0
     rows = []
     for row in run(chosen, args.rounds, device, dtype):
