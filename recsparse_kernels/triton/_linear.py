@@ -42,7 +42,7 @@ LINEAR_CONFIGS = Configs(
     },
     others={
         "few rows": {"long": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=3)},
-        "many rows": {"narrow": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3)},
+        "many rows": {"narrow": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)},
     },
 )
 WEIGHT_GRAD_CONFIGS = Configs(
