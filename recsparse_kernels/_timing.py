@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 ROUND_SECONDS = 1e-3  # a call shorter than this is timed several times a round
 MAX_REPEATS = 200
 # A call so many times slower than the fastest, and this long, is not timed again. A shorter one is: what
@@ -33,4 +35,6 @@ def _timed(run: Callable[[], Any], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         run()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return max(time.perf_counter() - start, 1e-9) / repeats

@@ -20,6 +20,7 @@ from ._table import Table, bytes_text, show
 from ._timing import interleaved
 from .config import cpu_level
 from .swap_report import layer_bytes
+from .triton import _configs
 
 # Zipf-like ids: a click log looks up few rows often
 ZIPF_EXPONENT = 1.05
@@ -109,16 +110,25 @@ def zipf_ids(rows: int, shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return torch.randperm(rows, generator=generator)[ranks]
 
 
-def run(chosen: list[Case], rounds: int = 15) -> Iterator[dict]:
+def _on(made: tuple[nn.Module, nn.Module, tuple], device: str, dtype: torch.dtype):
+    """Layers and input there; ids stay whole numbers."""
+    dense, ours, inputs = made
+    inputs = tuple(x.to(device, dtype if x.is_floating_point() else None) for x in inputs)
+    return dense.to(device, dtype), ours.to(device, dtype), inputs
+
+
+def run(
+    chosen: list[Case], rounds: int = 15, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Iterator[dict]:
     """One row of figures for each case, forward without gradient."""
     for case in chosen:
         torch.manual_seed(0)
         with torch.no_grad():
-            dense, ours, inputs = case.make()
+            dense, ours, inputs = _on(case.make(), device, dtype)
             dense_ms, own_ms = interleaved([lambda: dense(*inputs), lambda: ours(*inputs)], rounds)  # noqa: B023
         yield {
             "family": case.family, "layer": case.layer, "shape": case.shape,
-            "pass": "forward", "dtype": "float32",
+            "pass": "forward", "device": device, "dtype": str(dtype).removeprefix("torch."),
             "dense_ms": dense_ms, "ms": own_ms, "speedup_over_dense": dense_ms / own_ms,
             "dense_bytes": layer_bytes(dense), "bytes": layer_bytes(ours),
             "threads": torch.get_num_threads(), "cpu_level": cpu_level(), "torch": torch.__version__,
@@ -134,7 +144,9 @@ def table(rows: list[dict]) -> Table:
         ]
         for row in rows
     ]  # fmt: skip
-    title = f"forward, float32, {torch.get_num_threads()} threads, {cpu_level() or 'no native library'}"
+    where = f"{torch.get_num_threads()} threads, {cpu_level() or 'no native library'}"
+    kind = next(((row["device"], row["dtype"]) for row in rows), ("cpu", "float32"))
+    title = f"forward, {kind[1]}, {where if kind[0] == 'cpu' else kind[0]}"
     columns = ["layer", "shape", "dense ms", "ms", "speed", "bytes", "ratio"]
     return Table(title, columns, cells, frozenset(range(2, len(columns))))
 
@@ -144,38 +156,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="how often each layer is timed (default 15)")
     parser.add_argument(
         "--tune", nargs="?", const="", metavar="FILE",
-        help="measure native against the dense path here; store the choice in the user's table or FILE",
+        help="measure native against the dense path here, on a GPU Triton's configurations too; store the choice in "
+        "the user's table or FILE",
     )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="where the layers are, say cuda (default cpu)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--json", action="store_true", help="one JSON line for each case instead of a table")
 
 
-def tune_cases(chosen: list[Case], rounds: int, path: Path | None) -> tuning.TuneReport:
-    """Measure the backends of the ops that the cases call, with and without gradient, and store them."""
+def tune_cases(
+    chosen: list[Case],
+    rounds: int,
+    path: Path | None,
+    device: str = "cpu",
+) -> tuning.TuneReport:
+    """Measure the backends of the ops that the cases call, with and without gradient, and store them.
+
+    On a GPU the configurations of Triton kernels too; with ``path``, beside it in triton_configs.json.
+    """
     report = tuning.TuneReport()
     for case in chosen:
         torch.manual_seed(0)
-        _, ours, inputs = case.make()
+        made = case.make()
         for dtype in (torch.float32, torch.bfloat16):
-            ours, inputs = ours.to(dtype), tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+            made = _on(made, device, dtype)
             for training in (False, True):
                 with torch.set_grad_enabled(training):
-                    measured = tuning.tune(ours, *inputs, rounds=rounds, store=False)
+                    measured = tuning.tune(made[1], *made[2], rounds=rounds, store=False)
                 report.entries += measured.entries
+                report.configs += measured.configs
                 report.skipped += measured.skipped
     if report.entries:
         report.path = tuning.save(report.entries, path)
+    if report.configs:
+        _configs.save(report.configs, path and path.with_name("triton_configs.json"))
     return report
 
 
 def main(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {args.rounds}")
+    device, dtype = str(torch.device(args.device)), getattr(torch, args.dtype)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU")
     chosen = [case for case in cases() if not args.family or case.family in args.family]
     if args.tune is not None:
-        tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None).show()
+        tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None, device).show()
         return 0
     rows = []
-    for row in run(chosen, args.rounds):
+    for row in run(chosen, args.rounds, device, dtype):
         rows.append(row)
         if args.json:
             print(json.dumps(row), flush=True)

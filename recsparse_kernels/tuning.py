@@ -7,13 +7,8 @@ pays nothing.
 
 import contextlib
 import dataclasses
-import json
-import os
 import platform
 import re
-import sys
-import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._store import cache_folder, read_json, write_json
 from ._table import Table, show
 from ._timing import interleaved
 from .config import cpu_level
 from .ops._backend import MEASURED, OBSERVERS, Op
+from .triton import _configs
 
 SHIPPED = Path(__file__).with_name("measured.json")
 VERSION = 1  # of the file's layout; another version is not read
@@ -70,6 +67,7 @@ class TuneReport:
 
     entries: list[Entry] = dataclasses.field(default_factory=list)
     skipped: list[str] = dataclasses.field(default_factory=list)
+    configs: list[_configs.Choice] = dataclasses.field(default_factory=list)  # of Triton kernels, on a GPU
     path: Path | None = None  # where the entries were stored
 
     def table(self) -> Table:
@@ -77,7 +75,8 @@ class TuneReport:
             [e.op, str(e.dtype).removeprefix("torch."), e.shape, e.backend, e.times] for e in self.entries
         ]
         columns = ["op", "dtype", "shapes up to", "fastest", "times"]
-        notes = [*self.skipped, f"stored in {self.path}" if self.path else "not stored"]
+        notes = [f"Triton {c.table}, {c.shape_class}: {c.name}, of {c.times}" for c in self.configs]
+        notes += [*self.skipped, f"stored in {self.path}" if self.path else "not stored"]
         return Table(
             f"{len(rows)} op shapes measured",
             columns,
@@ -107,16 +106,8 @@ def machine_class() -> str:
 
 
 def cache_path() -> Path:
-    """The user's file: in XDG_CACHE_HOME, or the platform's cache folder."""
-    if os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        root = Path.home() / ".cache"
-    return root / "recsparse_kernels" / "measured.json"
+    """The user's file."""
+    return cache_folder() / "measured.json"
 
 
 def load() -> int:
@@ -145,25 +136,12 @@ def _remember(entry: Entry) -> None:
 
 
 def _read(path: Path) -> dict[str, list[Entry]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        warnings.warn(f"{path} cannot be read and is left aside: {error}", stacklevel=3)
-        return {}
-    try:
-        content = json.loads(text)
-        if content["version"] != VERSION:
-            return {}
-        return {machine: [_entry(item) for item in items] for machine, items in content["machines"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(
-            f"{path} is not a table of measurements and is left aside; delete it, or call tune() to write "
-            f"it anew: {type(error).__name__}: {error}",
-            stacklevel=3,
-        )
-        return {}
+    advice = "delete it, or call tune() to write it anew"
+    return read_json(path, VERSION, _parse, {}, advice)
+
+
+def _parse(content: Any) -> dict[str, list[Entry]]:
+    return {machine: [_entry(item) for item in items] for machine, items in content["machines"].items()}
 
 
 def _entry(item: dict[str, Any]) -> Entry:
@@ -194,17 +172,7 @@ def save(entries: list[Entry], path: Path | None = None) -> Path:
             machine: [_item(entry) for entry in found] for machine, found in sorted(machines.items())
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    return path
+    return write_json(path, content)
 
 
 # -- measuring ----------------------------------------------------------------------------------------------
@@ -225,6 +193,8 @@ def watch_calls() -> Iterator[list[tuple[Op, tuple, str, str | None]]]:
 def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, **keywords: Any) -> TuneReport:
     """Measure the backends of every op that ``module(*inputs, **keywords)`` calls, and keep the fastest.
 
+    On a GPU, first the configurations of the Triton kernels that these calls launch.
+
     Calls that want a gradient are measured forward and backward together. A backend counts only when
     its results agree with the reference; candidates run interleaved, medians count, and the default
     stays unless another is clearly faster.
@@ -232,7 +202,7 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
     Args:
         module: a layer or a whole model; runs once in the mode it is in (grad mode too).
         rounds: how often each candidate is timed.
-        store: also write the entries to the user's cache file, for later processes.
+        store: also write what was found to the user's cache files, for later processes.
 
     Raises:
         TypeError: ``module`` is no module.
@@ -256,6 +226,9 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
         if key in seen or len(candidates) < 2:
             continue
         seen.add(key)
+        if "triton" in candidates:
+            run = _runner(op, args, "triton", op.key(args)[2])
+            report.configs += _configs.tune(run, _configs.gpu_name(), rounds)
         entry = _measure(op, args, Entry(*key, candidates[0], {}), candidates, rounds)
         if isinstance(entry, str):
             report.skipped.append(entry)
@@ -264,6 +237,8 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
         report.entries.append(entry)
     if store and report.entries:
         report.path = save(report.entries)
+    if store and report.configs:
+        _configs.save(report.configs)
     return report
 
 

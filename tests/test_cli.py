@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from recsparse_kernels import cpu_levels, microbench, nn, tuning
 from recsparse_kernels.__main__ import load_object, main
@@ -116,8 +117,14 @@ def test_bench_tune_stores_its_choices(tmp_path, capsys):
 def test_bench_table_has_every_case(capsys):
     rows = [
         {"layer": case.layer, "shape": case.shape, "dense_ms": 2.0, "ms": 1.0, "speedup_over_dense": 2.0,
-         "bytes": 1, "dense_bytes": 2}
+         "bytes": 1, "dense_bytes": 2, "device": "cpu", "dtype": "float32"}
         for case in microbench.cases()
     ]  # fmt: skip
     text = str(microbench.table(rows))
     assert all(case.shape in text for case in microbench.cases())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_without_the_gpu_asked_for(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert "--device cuda: torch sees no GPU" in capsys.readouterr().err

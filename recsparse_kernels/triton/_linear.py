@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._activation import activate, slope, slope_of_output
+from ._configs import Configs
 from ._device import device_function
 from ._launch import launch
 from ._partials import empty_parts, split_rows, sum_partials
@@ -31,18 +32,28 @@ TIMES_SLOPE = tl.constexpr(3)  # sum * slope(e)
 PRODUCT = tl.constexpr(4)  # e * sum
 PLUS = tl.constexpr(5)  # sum + e
 
-LINEAR_CONFIGS = {
-    "few rows": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
-    "many rows": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
-    "few rows, float32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
-    "many rows, float32": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
-}
-WEIGHT_GRAD_CONFIGS = {
-    "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
-    "rank 128": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
-    "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
-    "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
-}
+LINEAR_CONFIGS = Configs(
+    "linear",
+    {
+        "few rows": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
+        "many rows": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        "few rows, float32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        "many rows, float32": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
+    },
+    others={
+        "few rows": {"long": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=3)},
+        "many rows": {"narrow": dict(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3)},
+    },
+)
+WEIGHT_GRAD_CONFIGS = Configs(
+    "weight_grad",
+    {
+        "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
+        "rank 128": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
+        "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
+        "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
+    },
+)
 WEIGHT_GRAD_RANK = 128  # columns of q that a program of the weight gradient takes, at most
 
 

@@ -194,14 +194,17 @@ def _amdgcn_resources(assembly: str) -> Resources:
 
 
 def collect(module: types.ModuleType) -> list[Launch]:
-    """The different launches of a family's ``compile_cases()``, in the order they are made."""
-    from . import _launch
+    """The different launches of a family's ``compile_cases()``, in the order they are made, with every
+    configuration that launchers may choose."""
+    from . import _configs, _launch
 
     found: dict[tuple, Launch] = {}
     with _launch.recording():  # what the generator itself launches to make its cases is dropped
         for name, run in module.compile_cases():
             with _launch.recording() as recorded:
-                run()
+                for choices in _configs.every():
+                    with _configs.using(choices):
+                        run()
             for kernel, args, options in recorded:
                 launch = describe(kernel, args, options)
                 launch = found.setdefault(launch.key, launch)

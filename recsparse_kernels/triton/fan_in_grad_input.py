@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._configs import Configs
 from ._launch import launch
 from ._precision import cast, dot
 from .fan_in_tiles import Chunk, Tiles
@@ -19,15 +20,21 @@ from .fan_in_tiles import Chunk, Tiles
 # An input's entries are cut into parts, so that the programs fill a device, but not into short ones.
 WANTED_PROGRAMS = 2048
 MIN_PART = 256
-SUM_CONFIGS = {  # BLOCK_E entries are summed side by side
-    "16 rows": dict(BLOCK_E=64, BLOCK_B=16, num_warps=4, num_stages=1),
-    "many rows": dict(BLOCK_E=16, BLOCK_B=128, num_warps=4, num_stages=1),
-}
+SUM_CONFIGS = Configs(
+    "fan_in_sum",
+    {  # BLOCK_E entries are summed side by side
+        "16 rows": dict(BLOCK_E=64, BLOCK_B=16, num_warps=4, num_stages=1),
+        "many rows": dict(BLOCK_E=16, BLOCK_B=128, num_warps=4, num_stages=1),
+    },
+)
 
-GROUP_CONFIGS = {  # BLOCK_O labels are summed by each tl.dot
-    "16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=4, num_stages=2),
-    "many rows": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
-}
+GROUP_CONFIGS = Configs(
+    "fan_in_grad_input",
+    {  # BLOCK_O labels are summed by each tl.dot
+        "16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=4, num_stages=2),
+        "many rows": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
+    },
+)
 
 
 @triton.jit(do_not_specialize=["labels"])

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.fan_in import ADAMW, SGD
+from ._configs import Configs
 from ._device import device_function
 from ._launch import launch
 from ._precision import cast, dot
@@ -22,15 +23,21 @@ from .fan_in_tiles import Chunk, Tiles, load_inputs
 STORE = 3  # beside the optimizers of reference.fan_in: write the gradient itself
 
 # By label: weights of a chunk, flat, x rows. By group: labels of a group x inputs, tl.dot over rows.
-LABEL_CONFIGS = {
-    "16 rows": dict(BLOCK_E=128, BLOCK_B=16, num_warps=4, num_stages=1),
-    "many rows": dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1),
-}
-GROUP_CONFIGS = {
-    "group of 16": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
-    "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
-    "group of 64": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
-}
+LABEL_CONFIGS = Configs(
+    "fan_in_grad_weight_label",
+    {
+        "16 rows": dict(BLOCK_E=128, BLOCK_B=16, num_warps=4, num_stages=1),
+        "many rows": dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1),
+    },
+)
+GROUP_CONFIGS = Configs(
+    "fan_in_grad_weight",
+    {
+        "group of 16": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
+        "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
+        "group of 64": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
+    },
+)
 BIAS_CONFIG = dict(BLOCK_E=64, BLOCK_B=64, num_warps=4, num_stages=1)
 
 # Arguments that change from chunk to chunk or step to step: one kernel for all their values.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import get_check_indices
 from . import _launch
+from ._configs import Configs
 from ._device import device_function
 from ._precision import dot
 
@@ -29,18 +30,21 @@ SCRATCH_ENTRIES = 2**22  # indices sorted at once: 10 bytes each, and as much ag
 
 # By label, the tile is as narrow as the batch: 4096 products in flight. By group, BLOCK_F inputs are
 # gathered for each tl.dot.
-CONFIGS = {
-    "label, 1 row": dict(BLOCK_O=256, BLOCK_B=1, BLOCK_F=16, num_warps=4, num_stages=1),
-    "label, 4 rows": dict(BLOCK_O=256, BLOCK_B=4, BLOCK_F=16, num_warps=4, num_stages=1),
-    "label, 16 rows": dict(BLOCK_O=128, BLOCK_B=16, BLOCK_F=16, num_warps=4, num_stages=1),
-    "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=4, num_stages=1),
-    "group of 16, 16 rows": dict(BLOCK_O=16, BLOCK_B=16, BLOCK_F=64, num_warps=1, num_stages=3),
-    "group of 16, many rows": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
-    "group of 32, 16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=2, num_stages=3),
-    "group of 32, many rows": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
-    "group of 64, 16 rows": dict(BLOCK_O=64, BLOCK_B=16, BLOCK_F=64, num_warps=4, num_stages=3),
-    "group of 64, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
-}
+CONFIGS = Configs(
+    "fan_in",
+    {
+        "label, 1 row": dict(BLOCK_O=256, BLOCK_B=1, BLOCK_F=16, num_warps=4, num_stages=1),
+        "label, 4 rows": dict(BLOCK_O=256, BLOCK_B=4, BLOCK_F=16, num_warps=4, num_stages=1),
+        "label, 16 rows": dict(BLOCK_O=128, BLOCK_B=16, BLOCK_F=16, num_warps=4, num_stages=1),
+        "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=4, num_stages=1),
+        "group of 16, 16 rows": dict(BLOCK_O=16, BLOCK_B=16, BLOCK_F=64, num_warps=1, num_stages=3),
+        "group of 16, many rows": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
+        "group of 32, 16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=2, num_stages=3),
+        "group of 32, many rows": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
+        "group of 64, 16 rows": dict(BLOCK_O=64, BLOCK_B=16, BLOCK_F=64, num_warps=4, num_stages=3),
+        "group of 64, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
+    },
+)
 
 
 def config_name(batch: int, group_size: int) -> str:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._configs import Configs
 from ._device import device_function
 from ._launch import checked_indices, launch, launcher
 from ._precision import cast
@@ -24,10 +25,13 @@ from .fan_in_cases import layers
 from .fan_in_tiles import Tiles, logits_tile, tile_labels
 
 MAX_KEYS = 2**23  # of one step, 8 bytes each
-CANDIDATE_CONFIGS = {  # by labels of a tile
-    "up to 64": dict(BLOCK_F=32, num_warps=4, num_stages=1),
-    "more": dict(BLOCK_F=16, num_warps=8, num_stages=1),
-}
+CANDIDATE_CONFIGS = Configs(
+    "fan_in_candidates",
+    {  # by labels of a tile
+        "up to 64": dict(BLOCK_F=32, num_warps=4, num_stages=1),
+        "more": dict(BLOCK_F=16, num_warps=8, num_stages=1),
+    },
+)
 SCORE_CONFIG = dict(BLOCK_C=64, BLOCK_F=32, num_warps=4, num_stages=1)
 # By input: all entries of the row's candidates are compared with BLOCK_I inputs.
 SCORE_INPUT_CONFIG = dict(BLOCK_E=64, BLOCK_I=128, num_warps=4, num_stages=1)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..reference.low_rank import NEEDS_BIAS, NEEDS_DOWN, NEEDS_INPUT, NEEDS_MID_BIAS, NEEDS_UP, NEEDS_X0
 from . import _linear as tiled
 from ._activation import activate, slope, slope_of_output
+from ._configs import Configs
 from ._launch import launch, launcher
 from ._linear import linear, weight_grad
 from ._precision import cast, dot
@@ -28,13 +29,16 @@ from ._precision import cast, dot
 MAX_RANK = 128  # [32, 128] float32 sums take 32 registers of each of 128 threads
 SMALL = 1024  # I + O up to which one launch beats two whatever the batch
 
-CONFIGS = {
-    "few rows": dict(BLOCK_B=16, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
-    "many rows": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
-    "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
-    "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
-    "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2),
-}
+CONFIGS = Configs(
+    "low_rank",
+    {
+        "few rows": dict(BLOCK_B=16, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
+        "many rows": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
+        "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
+        "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
+        "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2),
+    },
+)
 
 
 def _config(B: int, R: int, like: Tensor) -> dict:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import get_check_indices
 from ..reference.low_rank_embedding import MEAN, SUM
+from ._configs import Configs
 from ._device import device_function
 from ._launch import checked_indices, launch, launcher
 from ._linear import linear, weight_grad
@@ -26,17 +27,20 @@ from ._precision import cast, dot
 from ._segments import Runs, sum_runs
 
 MAX_RANK = 128  # pooled and projected in one kernel up to here
-CONFIGS = {
-    # UNROLL lookups of a bag are in flight at a time; a single lookup has no more than one
-    "bags": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=2),
-    "single lookups": dict(BLOCK_B=64, BLOCK_D=64, UNROLL=1, num_warps=4),
-    "bags, rank 128": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=4),
-    "single lookups, rank 128": dict(BLOCK_B=32, BLOCK_D=64, UNROLL=1, num_warps=4),
-    "bags, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=2),
-    "single lookups, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=4),
-    "bags, rank 128, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=4),
-    "single lookups, rank 128, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=8),
-}
+CONFIGS = Configs(
+    "low_rank_embedding",
+    {
+        # UNROLL lookups of a bag are in flight at a time; a single lookup has no more than one
+        "bags": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=2),
+        "single lookups": dict(BLOCK_B=64, BLOCK_D=64, UNROLL=1, num_warps=4),
+        "bags, rank 128": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=4),
+        "single lookups, rank 128": dict(BLOCK_B=32, BLOCK_D=64, UNROLL=1, num_warps=4),
+        "bags, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=2),
+        "single lookups, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=4),
+        "bags, rank 128, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=4),
+        "single lookups, rank 128, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=8),
+    },
+)
 MAX_CONFIG = dict(BLOCK_L=16, BLOCK_D=64, num_warps=4)
 MAX_GRAD_CONFIG = dict(BLOCK_D=16, UNROLL=4, num_warps=4)
 WEIGHTS_CONFIG = dict(BLOCK_B=128, num_warps=4)

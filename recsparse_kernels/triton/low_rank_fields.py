@@ -18,21 +18,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..config import get_check_indices
+from ._configs import Configs
 from ._device import device_function
 from ._launch import launch, launcher
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 
-CONFIGS = {
-    "forward": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
-    "total": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
-    "rows": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
-    "projections": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
-    "forward, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
-    "total, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
-    "rows, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
-    "projections, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
-}
+CONFIGS = Configs(
+    "low_rank_fields",
+    {
+        "forward": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
+        "total": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
+        "rows": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
+        "projections": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
+        "forward, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
+        "total, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
+        "rows, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
+        "projections, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
+    },
+)
 LOOKUP_CONFIG = dict(BLOCK_N=64, num_warps=4)
 MAX_BLOCK_R = 64  # ranks are 2 to 24 here; a larger one takes several blocks
 

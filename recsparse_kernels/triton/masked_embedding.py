@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._configs import Configs
 from ._launch import NO_SPILL, checked_indices, launch, launcher
 from ._precision import cast
 from .masked_embedding_rows import (
@@ -33,12 +34,19 @@ SUM, MEAN, MAX, EACH = range(4)  # pooling modes
 
 # Elements of a tile and the warps that hold it: at 8 to 16 elements a thread registers suffice for many
 # programs on a multiprocessor, which is what hides the loads.
-CONFIGS = {
-    "rows": dict(elements=2048, num_warps=4),  # a row for each index
-    "bags": dict(elements=1024, num_warps=4),
-    "pairs": dict(elements=1024, num_warps=4),  # rows of two tables at once
-    "norms": dict(elements=512, num_warps=4),  # rows read twice
-}
+CONFIGS = Configs(
+    "masked_embedding",
+    {
+        "rows": dict(elements=2048, num_warps=4),  # a row for each index
+        "bags": dict(elements=1024, num_warps=4),
+        "pairs": dict(elements=1024, num_warps=4),  # rows of two tables at once
+        "norms": dict(elements=512, num_warps=4),  # rows read twice
+    },
+    others={
+        "rows": {"small": dict(elements=1024, num_warps=4)},
+        "bags": {"small": dict(elements=512, num_warps=2)},
+    },
+)
 
 
 def cdiv(a: int, b: int) -> int:

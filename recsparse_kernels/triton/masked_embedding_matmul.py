@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._configs import Configs
 from ._launch import launch, launcher
 from ._precision import cast, dot
 from .masked_embedding import SAMPLES, cdiv, sample_tables
@@ -21,13 +22,16 @@ from .masked_embedding_rows import locate, read_rows, table_of
 
 # Rows of the batch and of the table in a tile. A tile of the table is 64 x 64, 16 elements a thread in 8
 # warps: expanding it takes positions beside values, and 4 warps spill.
-CONFIGS = {
-    "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=8, num_stages=2),
-    # for the gradient to values, whose product holds both operands in registers
-    "small_batch_fp32": dict(BLOCK_B=16, BLOCK_V=32, num_warps=8, num_stages=2),
-    "large_batch_fp32": dict(BLOCK_B=32, BLOCK_V=64, num_warps=8, num_stages=2),
-    "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=8, num_stages=2),
-}
+CONFIGS = Configs(
+    "masked_embedding_matmul",
+    {
+        "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=8, num_stages=2),
+        # for the gradient to values, whose product holds both operands in registers
+        "small_batch_fp32": dict(BLOCK_B=16, BLOCK_V=32, num_warps=8, num_stages=2),
+        "large_batch_fp32": dict(BLOCK_B=32, BLOCK_V=64, num_warps=8, num_stages=2),
+        "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=8, num_stages=2),
+    },
+)
 MAX_DOT_COLUMNS = 64
 ROWS_OF_PART = 1024  # rows of the table that one program sums over, at least
 MAX_PARTS = 256

@@ -15,14 +15,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.sparse24 import PAIRS, padded, patterns
+from ._configs import Configs
 from ._device import device_function
 from ._launch import launch, launcher
 
-CONFIGS = {
-    "mask": dict(BLOCK=256, num_warps=4),  # groups a program
-    "transposable mask": dict(BLOCK=128, num_warps=4),  # tiles a program
-    "pack": dict(BLOCK=128, num_warps=4),  # bytes of metadata a program
-}
+CONFIGS = Configs(
+    "sparse24",
+    {
+        "mask": dict(BLOCK=256, num_warps=4),  # groups a program
+        "transposable mask": dict(BLOCK=128, num_warps=4),  # tiles a program
+        "pack": dict(BLOCK=128, num_warps=4),  # bytes of metadata a program
+    },
+)
 
 
 def _pattern_digits() -> int:

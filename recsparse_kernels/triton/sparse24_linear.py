@@ -20,32 +20,50 @@ from torch import Tensor
 
 from ..reference.sparse24 import padded
 from ._activation import activate
+from ._configs import Configs
 from ._device import device_function
 from ._launch import NO_SPILL, launch, launcher
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 from .sparse24 import join_groups, kept_positions, scatter, select, split_groups
 
-LINEAR_CONFIGS = {  # by rows of input; few rows are padded to the 16 of a tensor core in registers
-    "16 rows": dict(BLOCK_B=16, BLOCK_O=16, BLOCK_I=256, num_warps=4, num_stages=3),
-    "64 rows": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=128, num_warps=4, num_stages=3),
-    "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
-    "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
-    "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
-    "many rows, float32": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=32, num_warps=8, num_stages=2),
-}
-GRAD_INPUT_CONFIGS = {
-    "16 rows": dict(BLOCK_B=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "64 rows": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3, **NO_SPILL),
-    "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
-    "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
-    "many rows, float32": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=64, num_warps=8, num_stages=2),
-}
-GRAD_VALUES_CONFIGS = {
-    "16 bit": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=2),
-}
+LINEAR_CONFIGS = Configs(
+    "sparse24_linear",
+    {  # by rows of input; few rows are padded to the 16 of a tensor core in registers
+        "16 rows": dict(BLOCK_B=16, BLOCK_O=16, BLOCK_I=256, num_warps=4, num_stages=3),
+        "64 rows": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=128, num_warps=4, num_stages=3),
+        "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
+        "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
+        "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=3),
+        "many rows, float32": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=32, num_warps=8, num_stages=2),
+    },
+    others={
+        "16 rows": {"short": dict(BLOCK_B=16, BLOCK_O=16, BLOCK_I=128, num_warps=4, num_stages=4)},
+        "64 rows": {"short": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=4)},
+        "many rows": {"half": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3)},
+    },
+)
+GRAD_INPUT_CONFIGS = Configs(
+    "sparse24_grad_input",
+    {
+        "16 rows": dict(BLOCK_B=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
+        "64 rows": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
+        "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3, **NO_SPILL),
+        "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
+        "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
+        "many rows, float32": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=64, num_warps=8, num_stages=2),
+    },
+    others={
+        "many rows": {"half": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3)},
+    },
+)
+GRAD_VALUES_CONFIGS = Configs(
+    "sparse24_grad_values",
+    {
+        "16 bit": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
+        "float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=32, num_warps=4, num_stages=2),
+    },
+)
 
 
 def _config(table: dict, rows: int, like: Tensor) -> dict:

@@ -180,7 +180,9 @@ def test_a_failed_write_keeps_the_old_file(op, monkeypatch):
     NATIVE[0] = slow
     rk.tune(Probe(), X)
     before = tuning.cache_path().read_text()
-    monkeypatch.setattr(tuning.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "recsparse_kernels._store.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         rk.tune(Probe(), X[:3])
     assert tuning.cache_path().read_text() == before
