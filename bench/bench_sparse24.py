@@ -98,7 +98,7 @@ def test_prune_and_compress(transposable, benchmark):
     weight, x = torch.randn(1024, 1024), torch.randn(2048, 1024)
 
     def ours():
-        return ops.sparse24_compress(weight, ops.sparse24_mask(weight, transposable=transposable))
+        return ops.sparse24_prune(weight, transposable=transposable)
 
     name = "transposable" if transposable else "magnitude"
     compare(

@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   // ---- sparse24 ----
   m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");
   m.def("sparse24_compress(Tensor weight, Tensor mask) -> (Tensor, Tensor)");
+  m.def("sparse24_prune(Tensor weight, bool transposable) -> (Tensor, Tensor)");
   m.def("sparse24_gather(Tensor dense, Tensor metadata) -> Tensor");
   m.def("sparse24_decompress(Tensor values, Tensor metadata, SymInt in_features) -> Tensor");
   m.def(

@@ -475,6 +475,10 @@ std::tuple<Tensor, Tensor> sparse24_compress(const Tensor& weight, const Tensor&
   return {values, metadata};
 }
 
+std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposable) {
+  return sparse24_compress(weight, sparse24_mask(weight, transposable));
+}
+
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
   check_dim(dense, 2, "dense", "[O, I], two-dimensional");
   check_sparse24_metadata(metadata, dense.size(1));
@@ -519,6 +523,7 @@ Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata, int64_t
 STABLE_TORCH_LIBRARY_IMPL(recsparse, CPU, m) {
   m.impl("sparse24_mask", TORCH_BOX(&sparse24_mask));
   m.impl("sparse24_compress", TORCH_BOX(&sparse24_compress));
+  m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
   m.impl("sparse24_linear", TORCH_BOX(&sparse24_linear));

@@ -37,6 +37,8 @@ struct SparseShape {
       kStages * kStageBytes > kSumBytes ? kStages* kStageBytes : kSumBytes;
   static_assert(kSharedBytes <= 99 * 1024, "what every GPU from sm_80 on can give a block");
   using Sums = WarpSums<kWarpO / 16, kWarpB / 8>;
+  // What shared memory lets run at once on sm_90: without it the compiler aims at more, and spills.
+  static constexpr int kMinBlocks = int(227 * 1024 / kSharedBytes);
 };
 
 // Eight bytes of metadata a row, [kWarpsK][O][8]. Rows past the weight repeat its last: their sums
@@ -88,7 +90,7 @@ __device__ __forceinline__ void sparse_product(typename Shape::Sums& sums, const
 }
 
 template <class Shape, class T>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     sparse_linear_kernel(Matrix<T> input, Matrix<T> values, const uint8_t* metadata,
                          int64_t row_bytes, int metadata_width, LinearOutput<T> to, int64_t tiles_b,
                          int64_t tiles_o, int64_t steps_each) {

@@ -96,6 +96,28 @@ std::tuple<Tensor, Tensor> sparse24_compress(const Tensor& weight, const Tensor&
   });
 }
 
+// Mask and compress in one pass over the weight.
+std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposable) {
+  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
+  const Stream stream(weight);
+  return with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor w = torch::stable::contiguous(weight);
+    const PackSizes size = sizes_of(w);
+    const Packed packed = empty_packed(weight, size);
+    const T* from = data<T>(stream, w);
+    T* values = mutable_data<T>(stream, packed.values);
+    auto* metadata = mutable_data<uint8_t>(stream, packed.metadata);
+    if (transposable) {
+      launch_transposable<T>(stream, from, nullptr, values, metadata, size);
+    } else {
+      launch(stream, "sparse24_prune", prune_kernel<T>, {pack_blocks(size.rows * size.row_bytes)},
+             {kPackThreads}, 0, from, values, metadata, size, eight_at_a_time(from, size.columns));
+    }
+    return std::tuple<Tensor, Tensor>(packed.values, packed.metadata);
+  });
+}
+
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
   check_dim(dense, 2, "dense", "[O, I], two-dimensional");
   check_sparse24_metadata(metadata, dense.size(1));
@@ -139,6 +161,7 @@ Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata, int64_t
 RS_CUDA_OPS(m) {
   m.impl("sparse24_mask", TORCH_BOX(&sparse24_mask));
   m.impl("sparse24_compress", TORCH_BOX(&sparse24_compress));
+  m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
 }

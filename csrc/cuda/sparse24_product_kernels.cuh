@@ -19,6 +19,9 @@ struct ProductShape : WarpGrid<kRows, kColumns, kWarpsM, kWarpsN> {
   using Grid = WarpGrid<kRows, kColumns, kWarpsM, kWarpsN>;
   using Type = T;
   static constexpr int kDepth = kDepthOf, kStages = kStagesOf;
+  // The registers of a thread's sums allow as many; without it the compiler aims at more, and
+  // spills.
+  static constexpr int kMinBlocks = Grid::kWarpRows * Grid::kWarpColumns / kWarp > 64 ? 2 : 3;
   template <Layout kLayout, int kWidth>  // of an operand that is kWidth wide
   using Operand = std::conditional_t<kLayout == Layout::kAlong, Tile<T, kWidth, kDepth>,
                                      Tile<T, kDepth, kWidth>>;
@@ -36,7 +39,7 @@ struct ProductTiles {
 };
 
 template <class Shape, class Product>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     product_kernel(Product product, int64_t tiles_m, int64_t tiles_n, int64_t steps_each) {
   using T = typename Shape::Type;
   using Tiles = ProductTiles<Shape, Product>;

@@ -15,6 +15,12 @@ def _kept(weight: Tensor, mask: Tensor | None, transposable: bool) -> Tensor:
     return ops.sparse24_mask(weight, transposable=transposable) if mask is None else mask.to(weight.device)
 
 
+def _packed(weight: Tensor, mask: Tensor | None, transposable: bool) -> tuple[Tensor, Tensor]:
+    if mask is None:
+        return ops.sparse24_prune(weight, transposable=transposable)
+    return ops.sparse24_compress(weight, _kept(weight, mask, transposable))
+
+
 def _dense_weight(linear: nn.Linear, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The dense weight of a plain or pruned linear layer, and the mask that torch's pruning left on it."""
     pruned = getattr(linear, "weight_mask", None)  # torch.nn.utils.prune: weight_orig, weight_mask
@@ -107,7 +113,7 @@ class Sparse24Linear(PackedModule):
         if isinstance(weight, torch.sparse.SparseSemiStructuredTensor):
             values, metadata = ops.sparse24_from_torch(weight)
         else:
-            values, metadata = ops.sparse24_compress(weight, _kept(weight, mask, transposable))
+            values, metadata = _packed(weight, mask, transposable)
         new = cls(
             module.in_features,
             module.out_features,
@@ -139,8 +145,7 @@ class Sparse24Linear(PackedModule):
             wanted = (self.out_features, self.in_features)
             raise ValueError(f"weight must have shape {wanted}; got {tuple(weight.shape)}")
         weight = weight.detach().to(self.values.device)
-        mask = _kept(weight, mask, self.transposable and mask is None)
-        values, metadata = ops.sparse24_compress(weight, mask)
+        values, metadata = _packed(weight, mask, self.transposable and mask is None)
         self.values.copy_(values)
         self.metadata.copy_(metadata)
 

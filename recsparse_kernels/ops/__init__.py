@@ -38,4 +38,5 @@ from .sparse24 import (
     sparse24_linear,
     sparse24_linear_ste,
     sparse24_mask,
+    sparse24_prune,
 )

@@ -21,6 +21,7 @@ __all__ = [
     "sparse24_linear",
     "sparse24_linear_ste",
     "sparse24_mask",
+    "sparse24_prune",
 ]
 
 
@@ -65,6 +66,24 @@ def sparse24_compress(weight: Tensor, mask: Tensor, *, backend: str | None = Non
     check.check_shape("mask", mask, tuple(weight.shape), "that of weight")
     check.check_device("mask", mask, "weight", weight)
     return _compress(weight, mask, backend=backend)
+
+
+def sparse24_prune(
+    weight: Tensor, *, transposable: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""`sparse24_mask` and `sparse24_compress` together: no mask is made where the backend can do without.
+
+    Args:
+        weight: ``[O, I]``, any floating dtype; differentiable as in `sparse24_compress`.
+        transposable: as in `sparse24_mask`.
+        backend: "native", "triton" or "reference"; None takes the first available.
+
+    Returns:
+        values ``[O, P / 2]``, metadata ``[O, P / 8]`` uint8.
+    """
+    check.check_dtype("weight", weight)
+    check.check_shape("weight", weight, (None, None), "[O, I]")
+    return _prune(weight, bool(transposable), backend=backend)
 
 
 def sparse24_gather(dense: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
@@ -122,7 +141,7 @@ def sparse24_linear(
         at kept positions), ``bias``.
 
     An infinite or NaN input reaches the outputs that keep its column; a dense product would turn the
-    others into NaN too (0 * inf), and so do backends "reference" and "triton".
+    others into NaN too (0 * inf), and so do backends "reference" and "triton", and float32 on CUDA.
 
     Backend "triton" expands tiles of the weight in registers and multiplies them as dense, for Triton has
     no sparse matrix instruction: it saves bytes (small batch), not operations.
@@ -157,7 +176,7 @@ def sparse24_linear_ste(
     Args:
         input: ``[..., I]``.
         weight: ``[O, I]``, same dtype.
-        mask: ``[O, I]`` bool; None takes ``sparse24_mask(weight)``.
+        mask: ``[O, I]`` bool; None takes what ``sparse24_prune(weight)`` keeps.
         bias: ``[O]`` or None.
         activation: as in `sparse24_linear`.
         decay: adds ``decay * weight`` to the gradient of what the mask drops (sparse-refined
@@ -179,8 +198,9 @@ def sparse24_linear_ste(
     keep_sum = needs_sum(code) and _wants_grad(input, weight, bias)
     frozen = weight.detach()
     if mask is None:
-        mask = sparse24_mask(frozen, backend=backend)
-    values, metadata = sparse24_compress(frozen, mask, backend=backend)
+        values, metadata = sparse24_prune(frozen, backend=backend)
+    else:
+        values, metadata = sparse24_compress(frozen, mask, backend=backend)
     rows = _as_rows(input)
     output, _ = _linear_ste(
         rows, weight, values, metadata, bias, code, keep_sum, float(decay), backend=backend
@@ -393,6 +413,13 @@ _mask = Op(reference.sparse24_mask, fake=_mask_fake, autocast=False)
 _compress = Op(
     reference.sparse24_compress,
     fake=lambda weight, mask: _packed_fake(weight),
+    backward=_compress_backward,
+    setup_context=_compress_setup,
+    autocast=False,
+)
+_prune = Op(
+    reference.sparse24_prune,
+    fake=lambda weight, transposable: _packed_fake(weight),
     backward=_compress_backward,
     setup_context=_compress_setup,
     autocast=False,

@@ -85,6 +85,10 @@ def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return values, metadata
 
 
+def sparse24_prune(weight: Tensor, transposable: bool) -> tuple[Tensor, Tensor]:
+    return sparse24_compress(weight, sparse24_mask(weight, transposable))
+
+
 def kept_columns(metadata: Tensor) -> Tensor:
     """Column of each kept value, [O, P / 2] int64."""
     O, bytes_each = metadata.shape

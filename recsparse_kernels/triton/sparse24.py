@@ -318,6 +318,11 @@ def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @launcher
+def sparse24_prune(weight: Tensor, transposable: bool) -> tuple[Tensor, Tensor]:
+    return sparse24_compress(weight, sparse24_mask(weight, transposable))
+
+
+@launcher
 def sparse24_gather(dense: Tensor, metadata: Tensor) -> Tensor:
     dense, metadata = dense.contiguous(), metadata.contiguous()
     O, row_bytes = metadata.shape

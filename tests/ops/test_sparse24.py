@@ -56,6 +56,22 @@ def test_mask_equals_reference(shape, dtype, transposable, backend):
     assert bool((groups <= 2).all())
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize("transposable", [False, True])
+def test_prune_is_mask_and_compress(shape, dtype, transposable, backend):
+    if backend not in OPS["sparse24_prune"].backends():
+        pytest.skip("the native library has no sparse24_prune")
+    weight = make_weight(*shape, dtype=dtype).requires_grad_()
+    values, metadata = ops.sparse24_prune(weight, transposable=transposable, backend=backend)
+    mask = ops.sparse24_mask(weight, transposable=transposable, backend="reference")
+    expected = ops.sparse24_compress(weight, mask, backend="reference")
+    assert torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
+    grads = [torch.autograd.grad(v.sum(), weight)[0] for v in (values, expected[0])]
+    assert torch.equal(*grads)
+
+
 def every_pattern():
     rows = [[int(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
     tiles = [torch.tensor(tile) for tile in itertools.product(rows, repeat=4)]
@@ -436,6 +452,7 @@ def test_opcheck_the_others(backend):
     cases = {
         "sparse24_mask": (weight.detach(), True),
         "sparse24_compress": (weight, mask),
+        "sparse24_prune": (weight, True),
         "sparse24_gather": (weight, metadata),
         "sparse24_decompress": (values.requires_grad_(), metadata, 20),
         "sparse24_linear_ste": (
