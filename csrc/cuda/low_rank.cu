@@ -7,14 +7,6 @@
 namespace recsparse {
 namespace {
 
-Tensor empty_2d(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
-}
-MaybeTensor contiguous(const MaybeTensor& t) {
-  if (!t) return std::nullopt;
-  return torch::stable::contiguous(*t);
-}
-
 // Linear, or cross where x0 is given.
 std::tuple<Tensor, Tensor> forward(const LowRankSizes& size, const Tensor& input_,
                                    const Tensor& down_, const Tensor& up_,

@@ -6,14 +6,6 @@
 namespace recsparse {
 namespace {
 
-Tensor empty_2d(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
-}
-MaybeTensor contiguous(const MaybeTensor& t) {
-  if (!t) return std::nullopt;
-  return torch::stable::contiguous(*t);
-}
-
 struct Grads {
   Tensor x0, input, down, up, mid_bias, bias;
 };

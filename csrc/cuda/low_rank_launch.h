@@ -5,6 +5,7 @@
 #include "low_rank_grad_kernels.cuh"
 #include "low_rank_kernels.cuh"
 #include "low_rank_product.h"
+#include "low_rank_tensors.h"
 
 namespace recsparse {
 
