@@ -1,10 +1,11 @@
 """The memory bar: no op makes temporaries larger than its inputs plus its outputs, at full size.
 
-Each scenario runs in a process of its own. Every op it calls, gradients too, is measured by itself: the
-peak of resident memory is reset before the call (/proc/self/clear_refs, Linux), and what it rises by,
-less the outputs, is what the op took for itself.
+Each scenario runs in a process of its own. Every op it calls, gradients too, is measured by itself, and so
+is what it calls through `whole`: the peak of resident memory is reset before the call
+(/proc/self/clear_refs, Linux), and what it rises by, less the outputs, is what the call took for itself.
 """
 
+import functools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from recsparse_kernels import ops
 from recsparse_kernels.ops._backend import Op
+from recsparse_kernels.ops.masked_embedding_table import random_mask_bits
 from recsparse_kernels.testing import fan_in, low_rank, masked_embedding, sparse24
 
 SLACK = 4 * 2**20  # bytes: stacks of threads, pages of code, the allocator's own
@@ -26,15 +28,20 @@ SLACK = 4 * 2**20  # bytes: stacks of threads, pages of code, the allocator's ow
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
-def fan_in_layer(group_size=1, batch=32):
-    case = fan_in.make_case(batch, 768, 131_073, 32, group_size)
+def whole(function, *args):
+    """``function(*args)``; while a scenario is measured, measured as an op is."""
+    return function(*args)
+
+
+def fan_in_layer(group_size=1, batch=32, dtype=torch.float32):
+    case = fan_in.make_case(batch, 768, 131_073, 32, group_size, dtype=dtype)
     for tensor in (case.input, case.weight, case.bias):
         tensor.requires_grad_()
     return case, {"group_size": group_size}
 
 
-def run_fan_in(group_size=1, batch=32):
-    case, options = fan_in_layer(group_size, batch)
+def run_fan_in(group_size=1, batch=32, dtype=torch.float32):
+    case, options = fan_in_layer(group_size, batch, dtype)
     output = ops.fan_in_linear(*case.layer, **options)
     output.backward(torch.ones_like(output))
     ops.fan_in_loss(*case.layer, *case.positives, **options).backward()
@@ -58,10 +65,14 @@ def run_fan_in_row():
     run_fan_in(batch=1)
 
 
-def run_low_rank_bag():
-    table, up, mean = (t.requires_grad_() for t in low_rank.make_table(1_000_000, 16, 128))
+def run_fan_in_bfloat16():
+    run_fan_in(dtype=torch.bfloat16)
+
+
+def run_low_rank_bag(dtype=torch.float32):
+    table, up, mean = (t.to(dtype).requires_grad_() for t in low_rank.make_table(1_000_000, 16, 128))
     indices, offsets = torch.randint(0, 1_000_000, (40_960,)), torch.arange(0, 40_960, 20)
-    weights = torch.rand(40_960).requires_grad_()
+    weights = torch.rand(40_960).to(dtype).requires_grad_()
     for options in (
         {"mode": "sum"},
         {"mode": "sum", "sparse": True},
@@ -72,6 +83,10 @@ def run_low_rank_bag():
         output.backward(torch.ones_like(output))
     output = ops.low_rank_embedding(indices, table, up, mean)
     output.backward(torch.ones_like(output))
+
+
+def run_low_rank_bag_bfloat16():
+    run_low_rank_bag(torch.bfloat16)
 
 
 def run_low_rank_fields():
@@ -85,18 +100,22 @@ def run_low_rank_fields():
         torch.autograd.backward(given, [torch.ones_like(t) for t in given])
 
 
-def run_low_rank_dense():
-    x0, *rest, grad = low_rank.make_cross(1024, 3456, 64)
+def run_low_rank_dense(dtype=torch.float32):
+    x0, *rest, grad = (t.to(dtype) for t in low_rank.make_cross(1024, 3456, 64))
     ops.low_rank_cross(x0.requires_grad_(), *(t.requires_grad_() for t in rest)).backward(grad)
-    *inputs, grad = low_rank.make_linear(2048, 2000, 320, 2000)
+    *inputs, grad = (t.to(dtype) for t in low_rank.make_linear(2048, 2000, 320, 2000))
     inputs = [t.requires_grad_() for t in inputs]
     ops.low_rank_linear(*inputs, mid_activation="relu", activation="gelu").backward(grad)
 
 
-def run_masked(layout="bitmask"):
-    table, _ = masked_embedding.make_large_table(1_000_000, 64, 0.2, layout, torch.float32)
+def run_low_rank_dense_bfloat16():
+    run_low_rank_dense(torch.bfloat16)
+
+
+def run_masked(layout="bitmask", dtype=torch.float32):
+    table, _ = masked_embedding.make_large_table(1_000_000, 64, 0.2, layout, dtype)
     indices, offsets = torch.randint(0, 1_000_000, (40_960,)), torch.arange(0, 40_960, 20)
-    weights = torch.rand(40_960).requires_grad_()
+    weights = torch.rand(40_960).to(dtype).requires_grad_()
     table = table._replace(values=table.values.requires_grad_())
     for options in (
         {"mode": "sum"},
@@ -108,7 +127,7 @@ def run_masked(layout="bitmask"):
         output.backward(torch.ones_like(output))
     output = ops.masked_embedding(indices, table)
     output.backward(torch.ones_like(output))
-    scores = ops.masked_embedding_matmul_t(torch.randn(32, 64).requires_grad_(), table)
+    scores = ops.masked_embedding_matmul_t(torch.randn(32, 64).to(dtype).requires_grad_(), table)
     scores.backward(torch.ones_like(scores))
     dense = ops.masked_embedding_unpack(table)
     dense.backward(torch.ones_like(dense))
@@ -118,11 +137,47 @@ def run_masked_fixed_k():
     run_masked("fixed_k")
 
 
-def run_sparse24(batch=2048, size=1024):
-    x, values, metadata, bias, grad = sparse24.make_case(batch, size, size)
+def run_masked_bfloat16():
+    run_masked(dtype=torch.bfloat16)
+
+
+def run_masked_fused(dtype=torch.float32):
+    table, _ = masked_embedding.make_large_table(1_000_000, 64, 0.2, "bitmask", dtype)
+    indices, offsets = torch.randint(0, 1_000_000, (40_960,)), torch.arange(0, 40_960, 20)
+    table = table._replace(values=table.values.requires_grad_())
+    for kind in ("sgd", "rowwise_adagrad", "adam"):
+        optimizer = ops.FusedOptimizer.create(kind, table, lr=0.1)
+        output = ops.masked_embedding_bag(indices, table, offsets, fused=optimizer)
+        output.backward(torch.ones_like(output))
+
+
+def run_masked_fused_bfloat16():
+    run_masked_fused(torch.bfloat16)
+
+
+def run_masked_storage(layout="bitmask", dtype=torch.float32):
+    bits = random_mask_bits(1_000_000, 64, 0.2, layout)
+    table, weight = masked_embedding.make_large_table(1_000_000, 64, 0.2, layout, dtype)
+    whole(ops.masked_embedding_pack, weight, bits)
+    whole(ops.masked_embedding_repack, table, bits)
+    records = whole(ops.masked_embedding_freeze, table)
+    whole(ops.masked_embedding_thaw, records)
+    ops.masked_embedding_bag_frozen(torch.randint(0, 1_000_000, (2048, 20)), records)
+
+
+def run_masked_storage_fixed_k():
+    run_masked_storage("fixed_k")
+
+
+def run_masked_storage_bfloat16():
+    run_masked_storage(dtype=torch.bfloat16)
+
+
+def run_sparse24(batch=2048, size=1024, dtype=torch.float32):
+    x, values, metadata, bias, grad = sparse24.make_case(batch, size, size, dtype=dtype)
     inputs = [t.requires_grad_() for t in (x, values)]
     ops.sparse24_linear(*inputs, metadata, bias.requires_grad_(), activation="gelu").backward(grad)
-    weight = sparse24.make_weight(size, size)
+    weight = sparse24.make_weight(size, size).to(dtype)
     with torch.no_grad():
         for transposable in (False, True):
             mask = ops.sparse24_mask(weight, transposable=transposable)
@@ -134,6 +189,10 @@ def run_sparse24(batch=2048, size=1024):
 
 def run_sparse24_row():
     run_sparse24(1, 4096)
+
+
+def run_sparse24_bfloat16():
+    run_sparse24(dtype=torch.bfloat16)
 
 
 def run_sparse24_large():
@@ -163,25 +222,38 @@ def resident(field: str) -> int:
 
 def measure(scenario: str) -> list[dict]:
     """What each op of the scenario took; of several calls of an op the one that took most."""
+    global whole
     worst: dict[str, dict] = {}
     call = Op.__call__
 
-    def watched(self, *args, backend=None):
+    def watched(name, function, *args, **options):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        result = call(self, *args, backend=backend)
+        result = function(*args, **options)
         peak = resident("VmHWM") - before
         outputs = bytes_of([result])
         row = {
-            "op": self.name, "inputs": bytes_of(args), "outputs": outputs, "temporary": max(peak - outputs, 0),
+            "op": name, "inputs": bytes_of(args), "outputs": outputs, "temporary": max(peak - outputs, 0),
         }  # fmt: skip
-        if self.name not in worst or row["temporary"] > worst[self.name]["temporary"]:
-            worst[self.name] = row
+        if name not in worst or row["temporary"] > worst[name]["temporary"]:
+            worst[name] = row
         return result
 
+    def watched_op(self, *args, backend=None):
+        if inside_whole:
+            return call(self, *args, backend=backend)
+        return watched(self.name, functools.partial(call, self, backend=backend), *args)
+
+    def watched_whole(function, *args):
+        inside_whole.append(function)
+        result = watched(function.__name__, function, *args)
+        inside_whole.pop()
+        return result
+
+    inside_whole: list = []
     torch.set_num_threads(2)
     SCENARIOS[scenario]()  # libraries and threads are there before anything is measured
-    Op.__call__ = watched
+    Op.__call__, whole = watched_op, watched_whole
     SCENARIOS[scenario]()
     return list(worst.values())
 

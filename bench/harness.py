@@ -137,9 +137,14 @@ def machine() -> dict:
         fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.M))
         family, model = fields.get("cpu family", "?"), fields.get("model", "?")
         name = f"{fields.get('model name', name)} (family {family} model {model})"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    # results change while they are measured
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {"machine": name, "torch": torch.__version__, "commit": commit}
 
 

@@ -25,7 +25,7 @@ def table(path: Path) -> str:
         ours = [line for name, line in lines.items() if name.startswith("ours")]
         if not ours:
             continue
-        first = ours[0]  # the form the bench names first; its other forms are in the file
+        first = ours[0]  # the form the bench names first: the spread is its
         scale = first["speedup_over_dense"] * first["p50_ms"]
         spread = f"{scale / first['p80_ms']:.2f}-{scale / first['p20_ms']:.2f}"
         peers = [
@@ -35,8 +35,10 @@ def table(path: Path) -> str:
         ]
         peer = max(peers, key=lambda line: line["speedup_over_dense"], default=None)
         peer_text = f"{peer['speedup_over_dense']:.2f}x {peer['backend']}" if peer else ""
-        name = "" if first["backend"] == "ours" else f" ({first['backend']})"
-        speedup = f"{first['speedup_over_dense']:.2f}x{name}"
+        forms = [
+            (line["backend"].removeprefix("ours").lstrip("-"), line["speedup_over_dense"]) for line in ours
+        ]
+        speedup = ", ".join(f"{ratio:.2f}x" + (f" {form}" if form else "") for form, ratio in forms)
         rows.append(f"| {op} | {passes} | {shape} | {dtype} | {speedup} | {spread} | {peer_text} |")
     return "\n".join(rows)
 

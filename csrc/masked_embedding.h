@@ -1,11 +1,11 @@
-// Sizes and checks of masked embedding tables, shared by the backends (layouts: see
-// csrc/cpu/masked_embedding_kernels.h).
+// Sizes and checks of masked embedding tables, shared by the backends.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 
 #include "check.h"
+#include "masked_embedding_layout.h"
 
 namespace recsparse {
 
@@ -73,6 +73,54 @@ inline void check_masked_table(const MaskedTableArgs& table) {
 inline void check_index_dtype(const Tensor& t, const char* name) {
   RS_CHECK_TYPE(t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Long, name,
                 " must be int32 or int64; got ", dtype_text(t.scalar_type()));
+}
+
+// The bags that an op describes, all checked but what indices and offsets hold. The tensors must
+// outlive the result.
+inline Bags describe_bags(const Tensor& indices, const MaybeTensor& offsets,
+                          const MaybeTensor& weights, int64_t mode, int64_t padding_idx,
+                          bool last_offset) {
+  RS_CHECK_VALUE(mode >= 0 && mode <= 3,
+                 "mode must be 0 (sum), 1 (mean), 2 (max) or 3 (each); got ", mode);
+  check_index_dtype(indices, "indices");
+  RS_CHECK_VALUE(indices.is_contiguous(), "indices must be contiguous");
+  Bags bags = {};
+  bags.indices = indices.const_data_ptr();
+  bags.wide_indices = indices.scalar_type() == ScalarType::Long;
+  bags.count = indices.numel();
+  bags.padding_idx = padding_idx;
+  bags.mean = BagMode(mode) == BagMode::kMean;
+  if (BagMode(mode) == BagMode::kEach) {
+    RS_CHECK_VALUE(!offsets, "offsets must be None for unpooled lookups");
+    bags.bags = bags.count;
+    bags.length = 1;
+  } else if (offsets) {
+    check_index_dtype(*offsets, "offsets");
+    check_dim(indices, 1, "indices", "a vector when offsets are given");
+    check_dim(*offsets, 1, "offsets", "a vector");
+    RS_CHECK_VALUE(offsets->is_contiguous(), "offsets must be contiguous");
+    const int64_t entries = offsets->size(0);
+    RS_CHECK_VALUE(!last_offset || entries > 0,
+                   "offsets must have at least one entry with include_last_offset");
+    bags.offsets = offsets->const_data_ptr();
+    bags.wide_offsets = offsets->scalar_type() == ScalarType::Long;
+    bags.last_offset = last_offset;
+    bags.bags = entries - last_offset;
+  } else {
+    check_dim(indices, 2, "indices", "[bags, length] without offsets");
+    bags.bags = indices.size(0);
+    bags.length = indices.size(1);
+  }
+  if (weights) {
+    RS_CHECK_VALUE(BagMode(mode) == BagMode::kSum || BagMode(mode) == BagMode::kMean,
+                   "per_sample_weights must be None unless mode is sum or mean");
+    check_dtype(*weights, ScalarType::Float, "per_sample_weights");
+    RS_CHECK_VALUE(weights->numel() == bags.count && weights->is_contiguous(),
+                   "per_sample_weights must be contiguous with one weight for each of ", bags.count,
+                   " indices; got shape ", shape_text(*weights));
+    bags.weights = static_cast<const float*>(weights->const_data_ptr());
+  }
+  return bags;
 }
 
 }  // namespace recsparse

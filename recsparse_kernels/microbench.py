@@ -47,6 +47,7 @@ def cases() -> list[Case]:
              partial(_low_rank_bag, 200_000, 128, 16, 2048, 20)),
         Case("low_rank", "LowRankLinear", "B=1024 I=2000 O=2000 R=320",
              partial(_low_rank, 1024, 2000, 320)),
+        Case("low_rank", "LowRankCross", "B=1024 I=3456 R=64", partial(_cross, 1024, 3456, 64)),
         Case("fan_in", "FixedFanInLinear", "B=32 I=768 O=65536 F=32",
              partial(_fan_in, 32, 768, 65536, 32)),
     ]  # fmt: skip
@@ -60,6 +61,23 @@ def _sparse24(batch: int, in_features: int, out_features: int):
 def _low_rank(batch: int, features: int, rank: int):
     dense = nn.Linear(features, features)
     return dense, layers.LowRankLinear.from_dense(dense, rank=rank), (torch.randn(batch, features),)
+
+
+def _cross(batch: int, features: int, rank: int):
+    ours = layers.LowRankCross(features, rank)
+    dense = _DenseCross(nn.Linear(features, features))
+    return dense, ours, (torch.randn(batch, features), torch.randn(batch, features))
+
+
+class _DenseCross(nn.Module):
+    """The cross layer of DCN-v2 with a full matrix: x0 * (W x + b) + x."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x0: Tensor, x: Tensor) -> Tensor:
+        return x0 * self.linear(x) + x
 
 
 def _fan_in(batch: int, in_features: int, labels: int, fan_in: int):
@@ -137,11 +155,13 @@ def tune_cases(chosen: list[Case], rounds: int, path: Path | None) -> tuning.Tun
     for case in chosen:
         torch.manual_seed(0)
         _, ours, inputs = case.make()
-        for training in (False, True):
-            with torch.set_grad_enabled(training):
-                measured = tuning.tune(ours, *inputs, rounds=rounds, store=False)
-            report.entries += measured.entries
-            report.skipped += measured.skipped
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, inputs = ours.to(dtype), tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+            for training in (False, True):
+                with torch.set_grad_enabled(training):
+                    measured = tuning.tune(ours, *inputs, rounds=rounds, store=False)
+                report.entries += measured.entries
+                report.skipped += measured.skipped
     if report.entries:
         report.path = tuning.save(report.entries, path)
     return report

@@ -7,7 +7,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import recsparse_kernels as rk  # noqa: E402
-from recsparse_kernels.config import use_cpu_level  # noqa: E402
+from recsparse_kernels.config import get_check_indices, use_cpu_level  # noqa: E402
 from recsparse_kernels.testing import load_cuda_on_cpu  # noqa: E402
 
 # New memory is filled with NaN (integers: their maximum), so an element never written is found.
@@ -19,6 +19,12 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 load_cuda_on_cpu(Path(__file__).with_name("native") / "_cuda_on_cpu.so")
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test sees the same numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def backend(request):
     """Parametrize with ``testing.backends(op)``, indirect: sets the instruction level, gives the backend."""
@@ -28,6 +34,14 @@ def backend(request):
         return
     with use_cpu_level(level):
         yield name
+
+
+@pytest.fixture
+def check_indices():
+    """`rk.set_check_indices`, set back after the test."""
+    before = get_check_indices()
+    yield rk.set_check_indices
+    rk.set_check_indices(before)
 
 
 @pytest.fixture(params=rk.cpu_levels() or [None], ids=str)

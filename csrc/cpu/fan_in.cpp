@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fan_in_chunks.h"
+#include "huge_pages.h"
 
 namespace recsparse {
 namespace {
@@ -64,11 +65,13 @@ Tensor fan_in_linear(const Tensor& input, const Tensor& weight, const Tensor& in
   const FanInSizes size = check_fan_in(input, weight, indices, bias, group_size);
   Tensor output = new_empty(input, {size.batch, size.out_features});
   if (output.numel() == 0) return output;
+  expect_first_touch(output);
   const Tensor x = contiguous(input), w = contiguous(weight), columns = contiguous(indices);
   const std::optional<Tensor> offset = contiguous_or_none(bias);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (!linear<T>(FanInPlan::for_logits(size), x, w, columns, offset, mutable_data<T>(output)))
+    if (!linear<T>(FanInPlan::for_logits(size, fan_in_kernels<T>().lanes), x, w, columns, offset,
+                   mutable_data<T>(output)))
       raise_index_range(size.in_features);
   });
   return output;
@@ -134,6 +137,7 @@ Tensor fan_in_linear_grad_weight(const Tensor& grad_output, const Tensor& input,
   const std::vector<int64_t> shape = {size.out_features, size.fan_in};
   if (size.batch == 0) return torch::stable::new_zeros(input, shape);
   Tensor grad_weight = new_empty(input, shape);
+  expect_first_touch(grad_weight);
   if (grad_weight.numel() == 0) return grad_weight;
   const Tensor g = contiguous(grad_output), x = contiguous(input), columns = contiguous(indices);
   with_float_type(input.scalar_type(), "input", [&](auto tag) {

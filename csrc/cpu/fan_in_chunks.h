@@ -39,11 +39,15 @@ struct FanInPlan {
   }
 
   // For logits alone, where loads of x are the limit: as narrow as the batch, and never wider than
-  // a line, since half of a panel of lines is still in L1 when it is wanted again.
-  static FanInPlan for_logits(const FanInSizes& sizes) {
+  // a line, since half of a panel of lines is still in L1 when it is wanted again. Labels that
+  // share their inputs share those loads; there the weights are the limit, and two vectors share
+  // theirs.
+  static FanInPlan for_logits(const FanInSizes& sizes, int64_t vector_lanes) {
     FanInPlan plan(sizes);
+    const int64_t widest =
+        sizes.group_size > 1 ? std::max(kFanInLogitLanes, 2 * vector_lanes) : kFanInLogitLanes;
     plan.lanes = sizes.batch > 1 ? 4 : 1;
-    while (plan.lanes < std::min(sizes.batch, kFanInLogitLanes)) plan.lanes *= 2;
+    while (plan.lanes < std::min(sizes.batch, widest)) plan.lanes *= 2;
     plan.cut();
     return plan;
   }

@@ -66,7 +66,7 @@ void topk(const FanInSizes& size, const Tensor& input, const Tensor& weight, con
           const Tensor& labels) {
   const auto& kernels = fan_in_kernels<T>();
   const auto& row_kernels = fan_in_kernels<float>();
-  const FanInPlan plan = FanInPlan::for_logits(size);
+  const FanInPlan plan = FanInPlan::for_logits(size, kernels.lanes);
   const int64_t budget = bytes_of(weight) + bytes_of(indices) + bytes_of(values) + bytes_of(labels);
   const int64_t slabs = plan.slabs(budget, size.batch * k * int64_t(sizeof(Scored)));
   Scratch<Scored> best(slabs * size.batch * k);

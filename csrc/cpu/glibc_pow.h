@@ -4,6 +4,6 @@
 
 #include <cstdint>  // defines __GLIBC__
 
-#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDA_ARCH__)
 __asm__(".symver pow,pow@GLIBC_2.2.5");
 #endif

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "low_rank_common.h"
 #include "low_rank_kernels.h"
 
@@ -59,6 +60,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& input, const Tensor& do
                  u = torch::stable::contiguous(up);
     const std::optional<Tensor> mb = contiguous(mid_bias), b = contiguous(bias);
     Tensor output = empty_2d(input, size.batch, size.out_features);
+    expect_first_touch(output);
     Tensor mid = empty_2d(input, keep_mid ? size.batch : 0, size.rank);
     LowRankForward<T> p{.batch = size.batch,
                         .in_features = size.in_features,
@@ -91,6 +93,7 @@ std::tuple<Tensor, Tensor> low_rank_cross(const Tensor& x0, const Tensor& x, con
                  d = torch::stable::contiguous(down), u = torch::stable::contiguous(up);
     const std::optional<Tensor> b = contiguous(bias);
     Tensor output = empty_2d(x, size.batch, size.out_features);
+    expect_first_touch(output);
     Tensor mid = empty_2d(x, keep_mid ? size.batch : 0, size.rank);
     LowRankForward<T> p{.batch = size.batch,
                         .in_features = size.in_features,

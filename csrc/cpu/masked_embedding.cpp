@@ -6,6 +6,8 @@
 #include <tuple>
 #include <vector>
 
+#include "huge_pages.h"
+
 namespace recsparse {
 namespace {
 
@@ -50,6 +52,7 @@ Tensor masked_embedding(const Tensor& values, const Tensor& rows, const MaybeTen
     for (int64_t i = 0; i < indices.dim(); ++i) shape.push_back(indices.size(i));
     shape.push_back(embedding_dim);
     Tensor output = torch::stable::new_empty(values, shape);
+    expect_first_touch(output);
     T* out = mutable_data<T>(output);
     run_over_bags(bags, [&](int64_t begin, int64_t end) {
       return masked_bag_kernels<T>().sum(table, bags, begin, end, out);

@@ -11,9 +11,6 @@
 
 namespace recsparse {
 
-// Values of the ops' `mode`; kEach: every index is a bag of its own, padding is looked up.
-enum class BagMode : int64_t { kSum = 0, kMean = 1, kMax = 2, kEach = 3 };
-
 // Bytes of a row's mask read as 64-bit words.
 inline int64_t mask_word_bytes(int64_t dim) { return (dim + 63) / 64 * 8; }
 
@@ -78,55 +75,17 @@ inline void check_index_range(const Tensor& indices, int64_t num_embeddings) {
 inline Bags check_bags(const MaskedTableArgs& table, const Tensor& indices,
                        const MaybeTensor& offsets, const MaybeTensor& weights, int64_t mode,
                        int64_t padding_idx, bool last_offset) {
-  RS_CHECK_VALUE(mode >= 0 && mode <= 3,
-                 "mode must be 0 (sum), 1 (mean), 2 (max) or 3 (each); got ", mode);
-  check_index_dtype(indices, "indices");
-  RS_CHECK_VALUE(indices.is_contiguous(), "indices must be contiguous");
-  Bags bags = {};
-  bags.indices = indices.const_data_ptr();
-  bags.wide_indices = indices.scalar_type() == ScalarType::Long;
-  bags.count = indices.numel();
-  bags.padding_idx = padding_idx;
-  bags.mean = BagMode(mode) == BagMode::kMean;
-  if (BagMode(mode) == BagMode::kEach) {
-    RS_CHECK_VALUE(!offsets, "offsets must be None for unpooled lookups");
-    bags.bags = bags.count;
-    bags.length = 1;
-  } else if (offsets) {
-    check_index_dtype(*offsets, "offsets");
-    check_dim(indices, 1, "indices", "a vector when offsets are given");
-    check_dim(*offsets, 1, "offsets", "a vector");
-    RS_CHECK_VALUE(offsets->is_contiguous(), "offsets must be contiguous");
-    const int64_t entries = offsets->size(0);
-    RS_CHECK_VALUE(!last_offset || entries > 0,
-                   "offsets must have at least one entry with include_last_offset");
-    bags.offsets = offsets->const_data_ptr();
-    bags.wide_offsets = offsets->scalar_type() == ScalarType::Long;
-    bags.last_offset = last_offset;
-    bags.bags = entries - last_offset;
-    for (int64_t b = 0, before = 0; b < entries; ++b) {
-      const int64_t here = bags.wide_offsets ? static_cast<const int64_t*>(bags.offsets)[b]
-                                             : static_cast<const int32_t*>(bags.offsets)[b];
-      RS_CHECK_VALUE(b || here == 0, "offsets must start at 0; got ", here);
-      RS_CHECK_VALUE(here >= before, "offsets must not descend; got ", before, " then ", here,
-                     " at ", b);
-      RS_CHECK_VALUE(here <= bags.count, "offsets must not pass the number of indices, ",
-                     bags.count, "; got ", here, " at ", b);
-      before = here;
-    }
-  } else {
-    check_dim(indices, 2, "indices", "[bags, length] without offsets");
-    bags.bags = indices.size(0);
-    bags.length = indices.size(1);
-  }
-  if (weights) {
-    RS_CHECK_VALUE(BagMode(mode) == BagMode::kSum || BagMode(mode) == BagMode::kMean,
-                   "per_sample_weights must be None unless mode is sum or mean");
-    check_dtype(*weights, ScalarType::Float, "per_sample_weights");
-    RS_CHECK_VALUE(weights->numel() == bags.count && weights->is_contiguous(),
-                   "per_sample_weights must be contiguous with one weight for each of ", bags.count,
-                   " indices; got shape ", shape_text(*weights));
-    bags.weights = data<float>(*weights);
+  Bags bags = describe_bags(indices, offsets, weights, mode, padding_idx, last_offset);
+  const int64_t entries = offsets ? offsets->size(0) : 0;
+  for (int64_t b = 0, before = 0; b < entries; ++b) {
+    const int64_t here = bags.wide_offsets ? static_cast<const int64_t*>(bags.offsets)[b]
+                                           : static_cast<const int32_t*>(bags.offsets)[b];
+    RS_CHECK_VALUE(b || here == 0, "offsets must start at 0; got ", here);
+    RS_CHECK_VALUE(here >= before, "offsets must not descend; got ", before, " then ", here, " at ",
+                   b);
+    RS_CHECK_VALUE(here <= bags.count, "offsets must not pass the number of indices, ", bags.count,
+                   "; got ", here, " at ", b);
+    before = here;
   }
   check_index_range(indices, table.num_embeddings);
   return bags;

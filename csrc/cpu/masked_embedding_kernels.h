@@ -1,41 +1,13 @@
 // Masked embedding tables, CPU: what the torch-facing files hand to the inner loops.
-//
-//   W[i, d] = values[start(i) + rank(i, d)] if bit d of row i is set, else 0
-//
-//   layout            where row i is                                      bytes a row, besides
-//   values bitmask           rows[i] = mask bytes, uint32 start                  ceil(D/8) + 4
-//   fixed_k           rows[i] = mask bytes; start = i k                   ceil(D/8)
-//   row_remap         rows[i / 64] = uint64 occupied, uint32 rank         12 / 64, and for a row
-//   that is
-//                     starts[rank], columns[start ...] uint8                not empty 4 + 1 a value
-//   bitmask records   starts[i]: mask bytes and values side by side       ceil(D/8) + 4 and padding
-//   fixed_k records   the same at a constant stride                       ceil(D/8) and padding
-//
-// A 32-bit start counts from bases[i / 65536], so that tables of more than 2^32 values cost no
-// more. Mask bit d is bit d % 8 of byte d / 8. In row_remap i of starts is the row's rank among the
-// rows that are not empty.
+// Layouts: ../masked_embedding_layout.h.
 #pragma once
 
 #include <cstdint>
 
+#include "../masked_embedding_layout.h"
 #include "isa.h"
 
 namespace recsparse {
-
-enum class MaskedLayout : int {
-  kBitmask,
-  kFixedK,
-  kRowRemap,
-  kBitmaskRecords,
-  kFixedKRecords,
-};
-
-constexpr int kBaseShift = 16;  // rows that share a 64-bit base: 2^16, so starts fit 32 bits
-// In a start of bitmask records: the record ends in another 64-byte line than it begins in.
-constexpr uint32_t kCrossesLine = uint32_t(1) << 31;
-constexpr int64_t kMaxMaskedDim = 32768;  // 2^16 rows of it, mask included, stay below 2^32
-constexpr int64_t kRemapBlockBytes = 12;  // uint64 occupied, uint32 rank
-constexpr int64_t kMaxRemapDim = 256;     // 8-bit column ids
 
 template <class T>
 struct MaskedTable {
@@ -57,33 +29,6 @@ struct MaskedTable {
   const uint8_t* columns;
 };
 
-// The looked-up rows, in bags: bag b is indices[offsets[b] : offsets[b + 1]], or without offsets
-// indices[b L : (b + 1) L].
-struct Bags {
-  const void* indices;
-  const void* offsets;  // null: fixed length
-  bool wide_indices, wide_offsets;
-  bool last_offset;  // the offsets have an entry for the end of the last bag
-  int64_t count;     // N indices
-  int64_t bags;
-  int64_t length;       // without offsets
-  int64_t padding_idx;  // -1: none
-  bool mean;
-  const float* weights;  // one for each index, or null
-
-  int64_t index(int64_t j) const {
-    return wide_indices ? static_cast<const int64_t*>(indices)[j]
-                        : static_cast<const int32_t*>(indices)[j];
-  }
-  int64_t begin(int64_t b) const {
-    if (!offsets) return b * length;
-    if (b == bags && !last_offset) return count;
-    return wide_offsets ? static_cast<const int64_t*>(offsets)[b]
-                        : static_cast<const int32_t*>(offsets)[b];
-  }
-  int64_t end(int64_t b) const { return begin(b + 1); }
-};
-
 // All functions return false when the table contradicts itself (a start past the values); reads and
 // writes stay inside the arrays in any case.
 template <class T>
@@ -98,8 +43,6 @@ struct MaskedBagKernels {
                        const T* grad_output, float* grad_weights);
 };
 RS_KERNEL_TABLE(MaskedBagKernels, masked_bag_kernels)
-
-enum class MaskedOptimizer : int64_t { kSgd = 0, kRowAdagrad = 1, kAdam = 2 };
 
 // Lookups sorted by row: entry = row << payload_bits | payload, the payload being the lookup's
 // place in `indices` when bag_of is given, else its bag.

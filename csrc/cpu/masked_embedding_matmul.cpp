@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "huge_pages.h"
 #include "masked_embedding.h"
 
 namespace recsparse {
@@ -29,6 +30,7 @@ Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows,
     const int64_t batch = input.size(0), padded = matmul_padded(batch);
     check_matrix(input, values, batch, embedding_dim, "input");
     Tensor output = torch::stable::new_empty(values, {batch, num_embeddings});
+    expect_first_touch(output);
     Scratch<float> inputs_t(embedding_dim * padded);
     masked_matmul_kernels<T>().transpose(data<T>(input), batch, embedding_dim, padded,
                                          inputs_t.get());

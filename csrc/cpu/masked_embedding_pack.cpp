@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "huge_pages.h"
 #include "masked_embedding.h"
 #include "radix_sort.h"
 
@@ -21,6 +22,7 @@ Tensor unpack(const Tensor& values, const Tensor& rows, const MaybeTensor& bases
     using T = typename decltype(tag)::type;
     const MaskedTable<T> table = masked_table<T>(args);
     Tensor dense = torch::stable::new_empty(values, {num_embeddings, embedding_dim});
+    expect_first_touch(dense);
     T* out = mutable_data<T>(dense);
     run_over_rows(num_embeddings, kRowGrain, [&](int64_t begin, int64_t end) {
       return masked_pack_kernels<T>().unpack(table, begin, end, out + begin * embedding_dim);

@@ -84,10 +84,14 @@ struct RowReader {
       if (occupied(i, &rank)) prefetch(table.starts + rank);
       return;
     }
-    const char* p = reinterpret_cast<const char*>(table.values + start);
-    prefetch(p);
-    prefetch(p + bytes - 1);
-    for (int64_t line = 64; line < table.mean_bytes; line += 64) prefetch(p + line);
+    // an address, not a pointer: of an empty row it lies outside the values
+    const uintptr_t p = reinterpret_cast<uintptr_t>(table.values) + uintptr_t(start) * sizeof(T);
+    const auto fetch = [&](int64_t offset) __attribute__((always_inline)) {
+      prefetch(reinterpret_cast<const void*>(p + uintptr_t(offset)));
+    };
+    fetch(0);
+    fetch(bytes - 1);
+    for (int64_t line = 64; line < table.mean_bytes; line += 64) fetch(line);
   }
 
   // row_remap: whether row i holds anything, and its rank among the rows that do.

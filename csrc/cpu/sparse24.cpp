@@ -8,15 +8,17 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "sparse24_kernels.h"
 
 namespace recsparse {
 namespace {
 
 constexpr int64_t kPackedBytes = 8 << 20;  // panels of a batch packed at a time: stays in cache
-constexpr int64_t kPackColumns = 256;      // columns packed by one task
-constexpr int64_t kColumnBlock = 256;      // columns of one gradient task
-constexpr int64_t kSmallBatchInput = 32;   // rows up to which building lists does not pay
+constexpr int64_t kLeastPackedBytes = 1 << 20;
+constexpr int64_t kPackColumns = 256;           // columns packed by one task
+constexpr int64_t kColumnBlock = 256;           // columns of one gradient task
+constexpr int64_t kSmallBatchInput = 32;        // rows up to which building lists does not pay
 constexpr double kMulAddsPerThread = 64 << 10;  // hides a thread hand-off
 constexpr int64_t kChunkBytes = 24 * 1024;      // panel bytes that stay in L1 (a list chunk)
 
@@ -35,10 +37,10 @@ Tensor with_unit_columns(const Tensor& t) {
 // The rows of a batch cut into panels of at most panel_vecs vectors, packed group by group.
 class Panels {
  public:
-  Panels(int64_t batch, int64_t columns, int lanes, int most_vecs)
+  Panels(int64_t batch, int64_t columns, int lanes, int most_vecs, int64_t bytes = kPackedBytes)
       : lanes_(lanes), most_vecs_(most_vecs), batch_(batch), columns_(columns) {
     const int64_t rows = panel_rows();
-    const int64_t fit = kPackedBytes / std::max<int64_t>(1, rows * columns * 4);
+    const int64_t fit = bytes / std::max<int64_t>(1, rows * columns * 4);
     group_ = std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, ceil_div(batch, rows)));
   }
 
@@ -71,6 +73,12 @@ class Panels {
   int lanes_, most_vecs_;
   int64_t batch_, columns_, group_;
 };
+
+// Bytes for packed panels where an op's scratch shall not pass its inputs and outputs, which take
+// `held`, and `taken` is scratch for other things.
+int64_t packed_bytes(int64_t held, int64_t taken) {
+  return std::clamp(held - taken, kLeastPackedBytes, kPackedBytes);
+}
 
 // Packs one group of x [batch, valid] into scratch; panels of x and of the gradient have equal
 // rows.
@@ -190,6 +198,7 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
   const std::optional<Tensor> b =
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   Tensor output = torch::stable::new_empty(input, {size.batch, size.out_features});
+  expect_first_touch(output);
   Tensor sum = keep_sum ? torch::stable::new_empty(input, {size.batch, size.out_features})
                         : torch::stable::new_empty(input, {0});
   if (size.batch == 0 || size.out_features == 0) return {output, sum};
@@ -246,7 +255,11 @@ void grad_input_panels(const Sparse24Sizes& size, const Tensor& grad, const Tens
   const auto& kernels = sparse24_linear_kernels<T>();
   const auto& grads = sparse24_grad_kernels<T>();
   const int64_t kept = size.padded / 2, columns = ceil_div(size.out_features, 16) * 16;
-  const Panels plan(size.batch, columns, kernels.lanes, kernels.panel_vecs);
+  const int64_t held = size.batch * (size.in_features + size.out_features) * int64_t(sizeof(T)) +
+                       size.out_features * kept * int64_t(sizeof(T));
+  const int64_t listed = size.out_features * kept * int64_t(sizeof(float) + sizeof(uint8_t));
+  const Panels plan(size.batch, columns, kernels.lanes, kernels.panel_vecs,
+                    packed_bytes(held, listed));
   Scratch<float> packed(plan.scratch_floats());
   Lists<T> lists(size, values, metadata, kChunkBytes / 4 / plan.panel_rows());
   for (int64_t group = 0; group < plan.groups(); ++group) {
@@ -335,8 +348,11 @@ void grad_values_panels(const Sparse24Sizes& size, const Tensor& grad, const Ten
   const auto& grads = sparse24_grad_kernels<T>();
   const int64_t kept = size.padded / 2, grad_columns = ceil_div(size.out_features, 16) * 16;
   // one plan for both, so that their panels hold the same rows
+  const int64_t held = size.batch * (size.in_features + size.out_features) * int64_t(sizeof(T)) +
+                       size.out_features * kept * int64_t(sizeof(T));
+  const int64_t totals = size.out_features * kept * int64_t(sizeof(float));
   const Panels plan(size.batch, std::max(size.padded, grad_columns), kernels.lanes,
-                    kernels.panel_vecs);
+                    kernels.panel_vecs, packed_bytes(held / 2, totals / 2));
   Scratch<float> packed_x(plan.scratch_floats()), packed_grad(plan.scratch_floats());
   // sums over the groups of panels, where there is more than one
   Scratch<float> total(plan.groups() > 1 ? size.out_features * kept : 0);

@@ -114,6 +114,16 @@ T* mutable_data(const Stream&, const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// One number from the device, waiting for it: only where the size of an output depends on it.
+template <class T>
+T read_back(const Stream& stream, const T* device) {
+  T value;
+  check_cuda(cudaMemcpyAsync(&value, device, sizeof(T), cudaMemcpyDeviceToHost, stream.get()),
+             "cudaMemcpyAsync");
+  check_cuda(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+  return value;
+}
+
 // Runs kernel(arguments...) on the stream; nothing for an empty grid. `name` is for error messages.
 template <class... Parameters, class... Arguments>
 void launch(const Stream& stream, const char* name, void (*kernel)(Parameters...),

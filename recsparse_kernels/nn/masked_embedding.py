@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops._lookup import padding_index
 from ..ops.masked_embedding import (
     MODES,
     FusedOptimizer,
     carry,
-    check_padding_idx,
     masked_embedding,
     masked_embedding_bag,
     masked_embedding_matmul_t,
@@ -65,7 +65,7 @@ class _MaskedBase(PackedModule):
             raise ValueError(f"density must be in [0, 1]; got {density}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         if padding_idx is not None:
-            padding_idx = check_padding_idx(padding_idx, num_embeddings)
+            padding_idx = padding_index(padding_idx, num_embeddings)
         self.padding_idx = padding_idx
         self.max_norm, self.norm_type = max_norm, norm_type
         self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse

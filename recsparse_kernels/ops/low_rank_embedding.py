@@ -5,9 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import get_check_indices
 from ..reference import low_rank_embedding as reference
 from ._backend import Op
-from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape, shape
+from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape
+from ._lookup import check_bags, check_mode, check_sample_weights, padding_index
 
 MODES = {"sum": reference.SUM, "mean": reference.MEAN, "max": reference.MAX}
 
@@ -190,6 +192,18 @@ def _fields_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+def _rows_of_fields(indices: Tensor, starts: Tensor, grad_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the whole table, ``[B * F]``, and their gradients; out of a field as `set_check_indices` says."""
+    mode = get_check_indices()
+    if mode != "raise":
+        last = starts.diff() - 1
+        nearest = torch.minimum(indices, last).clamp(min=0)
+        if mode == "none":
+            grad_rows = torch.where((nearest == indices)[:, :, None], grad_rows, 0)
+        indices = nearest
+    return (indices + starts[:-1]).reshape(-1), grad_rows.reshape(-1, grad_rows.shape[2])
+
+
 def _fields_backward(ctx, grad_mid, grad_output, grad_interaction, *, backend):
     if grad_mid is None and grad_output is None and grad_interaction is None:
         return (None,) * 8
@@ -201,9 +215,8 @@ def _fields_backward(ctx, grad_mid, grad_output, grad_interaction, *, backend):
     grads = _fields_grad(grad_mid, grad_output, grad_interaction, mid, projections, bias, backend=backend)
     grad_table = None
     if ctx.needs_input_grad[0]:
-        rows = (indices + starts[:-1]).reshape(-1)
+        rows, grad_rows = _rows_of_fields(indices, starts, grads[0])
         lookups = (rows, None, None, reference.SUM, -1, False)
-        grad_rows = grads[0].reshape(-1, mid.shape[2])
         grad_table = _grad_table(grad_rows, ctx.num_embeddings, *lookups, sparse=ctx.sparse, backend=backend)
     grad_projections = grads[1] if ctx.needs_input_grad[2] else None
     grad_bias = grads[2] if ctx.needs_input_grad[3] else None
@@ -242,15 +255,6 @@ def _check_table(input: Tensor, table: Tensor, up: Tensor, mean: Tensor | None) 
     check_device("input", input, "table", table)
 
 
-def _padding(padding_idx: int | None, num_embeddings: int) -> int:
-    """-1 for none; a negative one counts from the end, as in torch."""
-    if padding_idx is None:
-        return -1
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx must be in [{-num_embeddings}, {num_embeddings}); got {padding_idx}")
-    return padding_idx % num_embeddings
-
-
 def low_rank_embedding(
     input: Tensor,
     table: Tensor,
@@ -285,7 +289,7 @@ def low_rank_embedding(
     _check_table(input, table, up, mean)
     options = (
         reference.SUM,
-        _padding(padding_idx, table.shape[0]),
+        padding_index(padding_idx, table.shape[0]),
         False,
         bool(scale_grad_by_freq),
         bool(sparse),
@@ -341,34 +345,16 @@ def low_rank_embedding_bag(
         IndexError: an index out of range.
     """
     _check_table(input, table, up, mean)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}; got {mode!r}")
-    if per_sample_weights is not None:
-        if mode == "max":
-            raise ValueError("per_sample_weights needs mode 'sum' or 'mean'; got 'max'")
-        check_dtype("per_sample_weights", per_sample_weights)
-        check_shape("per_sample_weights", per_sample_weights, tuple(input.shape), "the shape of input")
-        check_device("per_sample_weights", per_sample_weights, "table", table)
+    weighted = per_sample_weights is not None
+    check_mode(mode, per_sample_weights=weighted, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+    check_bags(input, offsets, include_last_offset)
+    check_sample_weights(per_sample_weights, input)
+    if weighted:
         per_sample_weights = per_sample_weights.reshape(-1).to(table.dtype)
-    if mode == "max" and (scale_grad_by_freq or sparse):
-        name = "sparse" if sparse else "scale_grad_by_freq"
-        raise ValueError(f"{name} needs mode 'sum' or 'mean'; got 'max'")
     if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError(f"offsets must be None with a 2-D input; got shape {shape(offsets)}")
         offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
-        include_last_offset = False
         input = input.reshape(-1)
-    elif input.dim() != 1:
-        raise ValueError(f"input must have shape [N] with offsets, or [B, L]; got {shape(input)}")
-    elif offsets is None:
-        raise ValueError("offsets must be given with a 1-D input; got None")
-    check_dtype("offsets", offsets, INDEX_DTYPES)
-    check_shape("offsets", offsets, (None,), "[B]")
-    check_device("offsets", offsets, "table", table)
-    if include_last_offset and offsets.shape[0] == 0:
-        raise ValueError("offsets must have at least one element with include_last_offset; got none")
-    padding = _padding(padding_idx, table.shape[0])
+    padding = padding_index(padding_idx, table.shape[0])
     if mode == "max":
         return _max(table, up, mean, input, offsets, padding, bool(include_last_offset), backend=backend)[0]
     options = (MODES[mode], padding, bool(include_last_offset), bool(scale_grad_by_freq), bool(sparse))

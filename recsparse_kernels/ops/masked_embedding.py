@@ -9,6 +9,7 @@ from ..config import place_table
 from ..reference import masked_embedding as reference
 from ._backend import Op
 from ._check import INDEX_DTYPES, check_device, check_dtype, check_shape, check_tensor, shape
+from ._lookup import check_bags, check_mode, check_sample_weights, padding_index
 from .masked_embedding_table import (
     MAX_EMBEDDING_DIM,
     MaskedTable,
@@ -271,62 +272,12 @@ _MATMUL = Op(
 # ---- checks ----
 
 
-def check_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
-    """As torch: negative counts from the end; -1 for None.
-
-    Raises:
-        ValueError: outside the table.
-    """
-    if padding_idx is None:
-        return -1
-    if not -num_embeddings <= padding_idx < num_embeddings:
-        raise ValueError(f"padding_idx must be within num_embeddings {num_embeddings}; got {padding_idx}")
-    return padding_idx % num_embeddings
-
-
 def _check_table(table: MaskedTable) -> None:
     if not isinstance(table, MaskedTable):
         raise TypeError(
             f"table must be a MaskedTable, from masked_embedding_pack; got {type(table).__name__}"
         )
     check_dtype("table.values", table.values)
-
-
-def _check_bag_input(input: Tensor, offsets: Tensor | None, include_last_offset: bool) -> None:
-    if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError(
-                "offsets must be None when input is 2-D, [bags, length]: it gives the bags already"
-            )
-        if include_last_offset:
-            raise ValueError("include_last_offset must be False when input is 2-D, [bags, length]")
-    elif input.dim() == 1:
-        if offsets is None:
-            raise ValueError("offsets must be given when input is 1-D: it says where each bag begins")
-        check_dtype("offsets", offsets, INDEX_DTYPES)
-        check_device("offsets", offsets, "input", input)
-        check_shape("offsets", offsets, (None,), "[bags]")
-    else:
-        raise ValueError(f"input must be 1-D with offsets or 2-D [bags, length]; got shape {shape(input)}")
-
-
-def _check_weights(per_sample_weights: Tensor | None, input: Tensor, mode: str, values: Tensor):
-    """Weights in the ops' dtype (float32; float64 for a float64 table), or None."""
-    if per_sample_weights is None:
-        return None
-    if mode == "max":
-        raise ValueError("per_sample_weights must be None when mode is 'max'")
-    check_tensor("per_sample_weights", per_sample_weights)
-    if not per_sample_weights.is_floating_point():
-        raise TypeError(f"per_sample_weights must be floating; got {per_sample_weights.dtype}")
-    if per_sample_weights.shape != input.shape:
-        raise ValueError(
-            f"per_sample_weights must have the shape of input, {shape(input)}; "
-            f"got {shape(per_sample_weights)}"
-        )
-    check_device("per_sample_weights", per_sample_weights, "input", input)
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    return per_sample_weights.to(wide).contiguous()
 
 
 def check_lookup(
@@ -345,12 +296,15 @@ def check_lookup(
     functions say."""
     check_dtype("input", input, INDEX_DTYPES)
     check_device("input", input, "table.values", values)
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {tuple(MODES)}; got {mode!r}")
+    check_mode(mode, per_sample_weights=per_sample_weights is not None)
     if bags:
-        _check_bag_input(input, offsets, include_last_offset)
-    weights = _check_weights(per_sample_weights, input, mode, values)
-    padding = check_padding_idx(padding_idx, num_embeddings)
+        check_bags(input, offsets, include_last_offset)
+    check_sample_weights(per_sample_weights, input)
+    weights = None
+    if per_sample_weights is not None:  # float32; float64 for a float64 table
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        weights = per_sample_weights.to(wide).contiguous()
+    padding = padding_index(padding_idx, num_embeddings)
     return input.contiguous(), offsets.contiguous() if offsets is not None else None, weights, padding
 
 
@@ -603,9 +557,7 @@ def masked_embedding_bag(
         input, table.values, table.num_embeddings, padding_idx, offsets, per_sample_weights, mode,
         include_last_offset, bags=True,
     )  # fmt: skip
-    if mode == "max" and (sparse or scale_grad_by_freq):
-        which = "sparse" if sparse else "scale_grad_by_freq"
-        raise ValueError(f"{which} must be False when mode is 'max'")
+    check_mode(mode, sparse=sparse, scale_grad_by_freq=scale_grad_by_freq)
     if max_norm is not None:
         renorm(input, table, max_norm, norm_type, backend)
     options = (MODES[mode], padding, include_last_offset, scale_grad_by_freq)

@@ -12,7 +12,7 @@ LAYOUTS = ("bitmask", "fixed_k", "row_remap")
 MAX_EMBEDDING_DIM = 32768  # BASE_ROWS of them keep row starts within 32 bits
 MAX_REMAP_DIM = 256  # 8-bit column ids
 REMAP_BELOW_DENSITY = 1 / 32  # layout "auto": at most about two values in a row of 64
-CHUNK_ELEMENTS = 1 << 24  # conversions work on about this many table elements at a time
+CHUNK_ELEMENTS = 1 << 22  # conversions work on about this many table elements at a time
 
 
 class MaskedTable(NamedTuple):

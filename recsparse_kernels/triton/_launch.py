@@ -12,6 +12,10 @@ from . import COMPILING, INTERPRETED
 LAUNCHERS: dict[str, Callable] = {}
 DEVICE_TYPES = ("cuda", "cpu") if INTERPRETED or COMPILING else ("cuda",)  # ROCm says "cuda" too
 
+# An option of `launch`. By itself ptxas wants as many programs at once on a multiprocessor as can be, and
+# spills a register or two where that makes room for one more; with it none is spilled that need not be.
+NO_SPILL = {"ptx_options": "--minnctapersm=1"}
+
 # While this is a list, launches are written to it instead of run: (kernel, arguments, options).
 # recsparse_kernels.triton.compile uses it to build, without a GPU, what the launchers would run.
 _recorded: list | None = None
@@ -26,13 +30,15 @@ def launcher(function: Callable) -> Callable:
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """``kernel[grid](*args, **options)`` on the device of the first tensor; nothing for an empty grid.
 
-    ``options``: the kernel's constexpr arguments by name, ``num_warps``, ``num_stages``.
+    ``options``: the kernel's constexpr arguments by name, ``num_warps``, ``num_stages``, ``NO_SPILL``.
     """
     if _recorded is not None:
         _recorded.append((kernel, args, options))
         return
     if 0 in grid:
         return
+    if INTERPRETED or torch.version.hip:
+        options = {name: value for name, value in options.items() if name not in NO_SPILL}
     first = next(arg for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](*args, **options)

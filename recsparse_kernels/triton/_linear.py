@@ -32,10 +32,10 @@ PRODUCT = tl.constexpr(4)  # e * sum
 PLUS = tl.constexpr(5)  # sum + e
 
 LINEAR_CONFIGS = {
-    "few rows": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+    "few rows": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4),
     "many rows": dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=3),
     "few rows, float32": dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2),
-    "many rows, float32": dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, num_warps=8, num_stages=2),
+    "many rows, float32": dict(BLOCK_M=64, BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2),
 }
 WEIGHT_GRAD_CONFIGS = {
     "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
@@ -117,7 +117,7 @@ def _linear_kernel(
         if bias_scale_ptr is not None:
             bias = bias * tl.load(bias_scale_ptr + m, mask=m_inside, other=0.0)[:, None]
         acc += bias
-    at = m[:, None] * N + n[None, :]
+    at = (part * M + m)[:, None] * N + n[None, :]
     mask = m_inside[:, None] & n_inside[None, :]
     if FINISH == SUM:
         acc = activate(acc, ACTIVATION)
@@ -133,8 +133,7 @@ def _linear_kernel(
             acc = e * acc
         else:
             acc = acc + e
-    offset = part * M * N
-    tl.store(out_ptr + offset + at, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + at, cast(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
 def linear(

@@ -24,7 +24,10 @@ from .fan_in_cases import layers
 from .fan_in_tiles import Tiles, logits_tile, tile_labels
 
 MAX_KEYS = 2**23  # of one step, 8 bytes each
-CANDIDATE_CONFIG = dict(BLOCK_F=32, num_warps=4, num_stages=1)
+CANDIDATE_CONFIGS = {  # by labels of a tile
+    "up to 64": dict(BLOCK_F=32, num_warps=4, num_stages=1),
+    "more": dict(BLOCK_F=16, num_warps=8, num_stages=1),
+}
 SCORE_CONFIG = dict(BLOCK_C=64, BLOCK_F=32, num_warps=4, num_stages=1)
 # By input: all entries of the row's candidates are compared with BLOCK_I inputs.
 SCORE_INPUT_CONFIG = dict(BLOCK_E=64, BLOCK_I=128, num_warps=4, num_stages=1)
@@ -32,12 +35,18 @@ SCORE_WEIGHT_CONFIG = dict(BLOCK_O=16, BLOCK_F=32, num_warps=4, num_stages=1)
 
 
 @device_function
-def _keys(z, label, inside):
-    """int64: order of the logits, NaN above all, then labels downwards; the least where not ``inside``."""
+def _order(z, inside):
+    """int32 in the order of the logits, NaN above all; the least, which no logit has, where not ``inside``."""
     bits = tl.where(z == 0, 0.0, z).to(tl.int32, bitcast=True)  # -0 equals 0
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     bits = tl.where(z != z, 0x7FFFFFFF, bits)
-    return tl.where(inside, (bits.to(tl.int64) << 32) | (0xFFFFFFFF - label), -0x8000000000000000)
+    return tl.where(inside, bits, -0x80000000)
+
+
+@device_function
+def _keys(order, label):
+    """int64: order of the logits, then labels downwards."""
+    return (order.to(tl.int64) << 32) | (0xFFFFFFFF - label)
 
 
 def _from_keys(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -67,8 +76,12 @@ def _best_of_tiles_kernel(
         input_ptr, weight_ptr, indices_ptr, bias_ptr, first_tile + (pid // across).to(tl.int64), b,
         B, I, O, F, G, tiles_of_group, BLOCK_O, BLOCK_B, BLOCK_F, UNROLL, GROUPED, HAS_BIAS,
     )  # fmt: skip
-    best = tl.max(_keys(z, label[:, None], inside[:, None]), axis=0)
-    tl.store(keys_ptr + b.to(tl.int64) * columns + first_column + pid // across, best, mask=b < B)
+    # in two steps of 32 bits each: keys of the whole tile would take four registers an element
+    order = _order(z, inside[:, None])
+    best = tl.max(order, axis=0)
+    lane = tl.min(tl.where(order == best[None, :], tl.arange(0, BLOCK_O)[:, None], BLOCK_O), axis=0)
+    keys = _keys(best, tl.min(label, axis=0) + lane)
+    tl.store(keys_ptr + b.to(tl.int64) * columns + first_column + pid // across, keys, mask=b < B)
 
 
 @device_function
@@ -113,7 +126,7 @@ def _candidate_tiles_kernel(
         input_ptr + pid // T * I, weight_ptr, indices_ptr, bias_ptr, label, inside, I, F, G,
         BLOCK_O, BLOCK_F, HAS_BIAS,
     )  # fmt: skip
-    tl.store(keys_ptr + pid * BLOCK_O + tl.arange(0, BLOCK_O), _keys(z, label, inside))
+    tl.store(keys_ptr + pid * BLOCK_O + tl.arange(0, BLOCK_O), _keys(_order(z, inside), label))
 
 
 @launcher
@@ -144,6 +157,7 @@ def fan_in_topk(
         best = keys.topk(min(wanted, kept + count), dim=1, sorted=False).values
     chosen = tiles.tile_of(0xFFFFFFFF - (best & 0xFFFFFFFF))
     rows = max(1, MAX_KEYS // (wanted * tiles.block))
+    config = CANDIDATE_CONFIGS["up to 64" if tiles.block <= 64 else "more"]
     result = best.new_empty(tiles.batch, k)
     for begin in range(0, tiles.batch, rows):
         some = chosen[begin : begin + rows]
@@ -152,7 +166,7 @@ def fan_in_topk(
             _candidate_tiles_kernel,
             (some.numel(),),
             input[begin : begin + rows], weight, indices, bias_or_any, some, keys, wanted, *tiles.sizes[1:],
-            BLOCK_O=tiles.block, GROUPED=tiles.grouped, HAS_BIAS=bias is not None, **CANDIDATE_CONFIG,
+            BLOCK_O=tiles.block, GROUPED=tiles.grouped, HAS_BIAS=bias is not None, **config,
         )  # fmt: skip
         result[begin : begin + rows] = keys.topk(k, dim=1).values
     return _from_keys(result, input.dtype)

@@ -87,7 +87,8 @@ def _lookup_kernel(
     inside = n < lookups
     index = tl.load(indices_ptr + n, mask=inside, other=-1).to(tl.int64)
     row = tl.load(starts_ptr + n % F, mask=inside, other=0) + index
-    fetched = inside & (index >= 0) & (row >= 0) & (row < V)
+    end = tl.minimum(tl.load(starts_ptr + n % F + 1, mask=inside, other=0), V)
+    fetched = inside & (index >= 0) & (row >= 0) & (row < end)
     mask = fetched[:, None] & (r < R)[None, :]
     z = tl.load(table_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0)
     tl.store(mid_ptr + n[:, None] * R + r[None, :], z, mask=inside[:, None] & (r < R)[None, :])

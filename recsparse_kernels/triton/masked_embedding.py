@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import checked_indices, launch, launcher
+from ._launch import NO_SPILL, checked_indices, launch, launcher
 from ._precision import cast
 from .masked_embedding_rows import (
     FIXED_RECORDS,
@@ -518,7 +518,7 @@ def masked_embedding_renorm(
         values, *table.tensors, ascending, indices.numel(), num_embeddings, *table.sizes,
         float(max_norm), float(norm_type),
         NORM={float("inf"): 0, 1.0: 1, 2.0: 2}.get(norm_type, 3), **table.tile,
-        BLOCK_N=per_tile, num_warps=warps,
+        BLOCK_N=per_tile, num_warps=warps, **NO_SPILL,
     )  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from .masked_embedding_rows import locate, read_rows, table_of
 # warps: expanding it takes positions beside values, and 4 warps spill.
 CONFIGS = {
     "small_batch": dict(BLOCK_B=16, BLOCK_V=64, num_warps=8, num_stages=2),
+    # for the gradient to values, whose product holds both operands in registers
+    "small_batch_fp32": dict(BLOCK_B=16, BLOCK_V=32, num_warps=8, num_stages=2),
     "large_batch_fp32": dict(BLOCK_B=32, BLOCK_V=64, num_warps=8, num_stages=2),
     "large_batch": dict(BLOCK_B=64, BLOCK_V=64, num_warps=8, num_stages=2),
 }
@@ -35,6 +37,12 @@ def dot_config(batch: int, dtype: torch.dtype) -> dict:
     if batch <= 16:
         return CONFIGS["small_batch"]
     return CONFIGS["large_batch_fp32" if dtype == torch.float32 else "large_batch"]
+
+
+def grad_values_config(batch: int, dtype: torch.dtype) -> dict:
+    if batch <= 16 and dtype == torch.float32:
+        return CONFIGS["small_batch_fp32"]
+    return dot_config(batch, dtype)
 
 
 @triton.jit
@@ -197,7 +205,7 @@ def masked_embedding_matmul_t_grad_values(
     embedding_dim: int,
 ) -> Tensor:
     table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    tile, config = table.tile_of(MAX_DOT_COLUMNS), dot_config(input.shape[0], input.dtype)
+    tile, config = table.tile_of(MAX_DOT_COLUMNS), grad_values_config(input.shape[0], input.dtype)
     output = values.new_empty(values.shape)
     launch(
         _matmul_t_grad_values_kernel,

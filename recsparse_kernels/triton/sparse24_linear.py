@@ -21,7 +21,7 @@ from torch import Tensor
 from ..reference.sparse24 import padded
 from ._activation import activate
 from ._device import device_function
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 from .sparse24 import join_groups, kept_positions, scatter, select, split_groups
@@ -37,7 +37,7 @@ LINEAR_CONFIGS = {  # by rows of input; few rows are padded to the 16 of a tenso
 GRAD_INPUT_CONFIGS = {
     "16 rows": dict(BLOCK_B=16, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
     "64 rows": dict(BLOCK_B=64, BLOCK_O=64, BLOCK_I=64, num_warps=4, num_stages=3),
-    "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3),
+    "many rows": dict(BLOCK_B=128, BLOCK_O=64, BLOCK_I=64, num_warps=8, num_stages=3, **NO_SPILL),
     "16 rows, float32": dict(BLOCK_B=16, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
     "64 rows, float32": dict(BLOCK_B=32, BLOCK_O=32, BLOCK_I=64, num_warps=4, num_stages=2),
     "many rows, float32": dict(BLOCK_B=64, BLOCK_O=32, BLOCK_I=64, num_warps=8, num_stages=2),
@@ -61,14 +61,19 @@ def _weight_tile(
     at = group0 * 2 + tl.arange(0, 2 * GROUPS)
     mask = o_inside[:, None] & (at < 4 * row_bytes)[None, :]
     values = tl.load(values_ptr + o[:, None] * (4 * row_bytes) + at[None, :], mask=mask, other=0.0)
-    v0, v1 = tl.split(tl.reshape(values, (BLOCK_O, GROUPS, 2)))
+    # As whole numbers of the same bits until the tile is whole: triton 3.6 would put a reshape that feeds a
+    # product on Hopper into shared memory, in a layout that it then finds illegal. A bit cast in between,
+    # which costs nothing, keeps the reshape in registers.
+    BITS: tl.constexpr = tl.int16 if values_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    v0, v1 = tl.split(tl.reshape(values.to(BITS, bitcast=True), (BLOCK_O, GROUPS, 2)))
     group = group0 + tl.arange(0, GROUPS)
     mask = o_inside[:, None] & (group < 2 * row_bytes)[None, :]
     bits = tl.load(metadata_ptr + o[:, None] * row_bytes + (group // 2)[None, :], mask=mask, other=0)
     first, second = kept_positions(bits, (group % 2 * 4)[None, :])
     c0, c1 = scatter(first, second, v0, v1, 0), scatter(first, second, v0, v1, 1)
     c2, c3 = scatter(first, second, v0, v1, 2), scatter(first, second, v0, v1, 3)
-    return join_groups(c0, c1, c2, c3, BLOCK_O, GROUPS)
+    tile = join_groups(c0, c1, c2, c3, BLOCK_O, GROUPS)
+    return tile.to(values_ptr.dtype.element_ty, bitcast=True)
 
 
 @triton.jit

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import recsparse_kernels as rk
 from recsparse_kernels import ops
 from recsparse_kernels import triton as triton_backend
-from recsparse_kernels.config import get_check_indices
 from recsparse_kernels.ops import FanInUpdate
 from recsparse_kernels.ops import fan_in as fan_in_ops
 from recsparse_kernels.reference import fan_in as reference
@@ -33,11 +31,8 @@ FILES = [fan_in, fan_in_loss, fan_in_topk, fan_in_rewire]
 
 
 @pytest.fixture
-def unchecked():
-    before = get_check_indices()
-    rk.set_check_indices("none")
-    yield
-    rk.set_check_indices(before)
+def unchecked(check_indices):
+    check_indices("none")
 
 
 def layer_calls(case):

@@ -185,7 +185,9 @@ def test_weighted_bag(mode, dtype, backend):
 
 
 @on_backends
-@pytest.mark.parametrize("index_dtype, offset_dtype", itertools.product((torch.int32, torch.int64), repeat=2))
+@pytest.mark.parametrize(
+    "index_dtype, offset_dtype", list(itertools.product((torch.int32, torch.int64), repeat=2))
+)
 def test_bag_options(index_dtype, offset_dtype, backend):
     """Every combination of the options, in mixed index types."""
     table, up, mean = make_table(29, 5, 21)
@@ -246,6 +248,39 @@ def test_fields_options(backend):
             return result
 
         check(call, (table, projections, bias if with_bias else None), torch.float32, backend)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.skipif("triton" not in backends("low_rank_fields"), reason="triton is not installed")
+def test_fields_out_of_range_where_nothing_is_raised(sparse, check_indices):
+    """Clamped to the field's own rows, or read as zeros; the gradient goes where the lookup went."""
+    indices, table, starts, projections, bias, _ = make_fields(6, 3, 2, 5)
+    sizes = starts.diff()
+    nearest, inside = indices.clone(), torch.ones_like(indices, dtype=torch.bool)
+    for b, k, bad, good in (
+        (0, 1, int(sizes[1]), int(sizes[1]) - 1),
+        (2, 0, -1, 0),
+        (4, 2, 2**31 - 1, int(sizes[2]) - 1),
+    ):
+        indices[b, k], nearest[b, k], inside[b, k] = bad, good, False
+    options = {"interaction": True, "sparse": sparse, "backend": "triton"}
+
+    def call(indices):
+        tensors = [t.clone().requires_grad_() for t in (table, projections, bias)]
+        result = low_rank_fields(indices, tensors[0], starts, *tensors[1:], **options)
+        (result.x.sum() + result.interaction.sum() + (result.z * inside[:, :, None]).sum()).backward()
+        return result, [t.grad.to_dense() for t in tensors]
+
+    wanted, wanted_grads = call(nearest)
+    check_indices("clamp")
+    result, grads = call(indices)
+    for a, e in zip([*result, *grads], [*wanted, *wanted_grads], strict=True):
+        assert torch.equal(a, e)
+    check_indices("none")
+    result, grads = call(indices)
+    assert torch.equal(result.z, torch.where(inside[:, :, None], wanted.z, 0.0))
+    read = torch.isin(torch.arange(len(table)), (nearest + starts[:-1])[inside])
+    assert grads[0][read].any() and not grads[0][~read].any()
 
 
 @on_backends
@@ -477,12 +512,12 @@ BAD = [
         ValueError,
         "at least one",
     ),
-    ({"mode": "min"}, ValueError, "mode must be one of 'sum', 'mean', 'max'; got 'min'"),
+    ({"mode": "min"}, ValueError, r"mode must be one of \('sum', 'mean', 'max'\); got 'min'"),
     ({"mode": "max", "sparse": True}, ValueError, "sparse needs mode"),
     ({"mode": "max", "scale_grad_by_freq": True}, ValueError, "scale_grad_by_freq needs mode"),
     ({"mode": "max", "per_sample_weights": torch.ones(2)}, ValueError, "per_sample_weights needs mode"),
     ({"per_sample_weights": torch.ones(3)}, ValueError, "per_sample_weights must have shape"),
-    ({"per_sample_weights": torch.ones(2).long()}, TypeError, "per_sample_weights must be one of"),
+    ({"per_sample_weights": torch.ones(2).long()}, TypeError, "per_sample_weights must be floating"),
     ({"padding_idx": 29}, ValueError, r"padding_idx must be in \[-29, 29\); got 29"),
     ({"up": torch.ones(21, 4)}, ValueError, r"up must have shape \[D, R\]"),
     ({"up": torch.ones(21, 5).half()}, TypeError, "up must have the dtype of table"),

@@ -782,9 +782,9 @@ def test_errors(backend):
         bag(good, table, torch.tensor([0, 2, 1]))
     with pytest.raises(ValueError, match="pass the number of indices"):
         bag(good, table, torch.tensor([0, 4]))
-    with pytest.raises(ValueError, match="at least one entry"):
+    with pytest.raises(ValueError, match="at least one element"):
         bag(good, table, torch.empty(0, dtype=torch.int64), include_last_offset=True)
-    with pytest.raises(ValueError, match="offsets must be None when input is 2-D"):
+    with pytest.raises(ValueError, match="offsets must be None with a 2-D input"):
         bag(good.view(1, 3), table, offsets)
     with pytest.raises(ValueError, match="offsets must be given"):
         bag(good, table)
@@ -792,9 +792,9 @@ def test_errors(backend):
         bag(good.float(), table, offsets)
     with pytest.raises(ValueError, match="mode must be one of"):
         bag(good, table, offsets, mode="median")
-    with pytest.raises(ValueError, match="sparse must be False"):
+    with pytest.raises(ValueError, match="sparse needs mode"):
         bag(good, table, offsets, mode="max", sparse=True)
-    with pytest.raises(ValueError, match="per_sample_weights must be None"):
+    with pytest.raises(ValueError, match="per_sample_weights needs mode"):
         bag(good, table, offsets, mode="max", per_sample_weights=torch.ones(3))
     with pytest.raises(ValueError, match="shape of input"):
         bag(good, table, offsets, per_sample_weights=torch.ones(2))

@@ -49,6 +49,11 @@ T* mutable_data(const Stream&, const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+template <class T>
+T read_back(const Stream&, const T* device) {
+  return *device;
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const Stream&, const char* name, void (*kernel)(Parameters...), const Extent& grid,
             const Extent& block, int64_t shared_bytes, Arguments&&... arguments) {

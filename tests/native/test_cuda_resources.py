@@ -1,0 +1,73 @@
+"""The CUDA library as built: hot kernels without a spill, the instructions they are about, and that it loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import cuda_resources
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = cuda_resources.LIBRARY
+CUOBJDUMP = cuda_resources.find_cuobjdump()
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="_native_cuda.so is not built: no nvcc")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump: neither CUDA's nor Triton's")
+
+# Kernels on a training or inference path, and what their machine code must contain, on every architecture.
+HOT = {
+    "bag_kernel": (),
+    "rows_kernel": (),
+    "grad_weights_kernel": (),
+    "pieces_kernel": (),
+    "join_kernel": (),
+    "product_kernel": (),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    found = cuda_resources.collect(LIBRARY, CUOBJDUMP)
+    assert found
+    return found
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", sorted(HOT))
+def test_hot_kernels_do_not_spill(kernels, name):
+    mine = [k for k in kernels if k.name == name]
+    assert mine, f"{name} is not in the library"
+    assert [(k.instance, k.arch, k.local) for k in mine if k.local] == []
+    for kernel in mine:
+        for mnemonic in HOT[name]:
+            assert kernel.instructions[mnemonic], f"{kernel.instance} on {kernel.arch} has no {mnemonic}"
+
+
+@needs_cuobjdump
+def test_the_table_has_a_line_for_each_kernel_and_architecture(kernels):
+    lines = cuda_resources.table(kernels).splitlines()
+    assert len(lines) == 2 + len({(k.name, k.arch) for k in kernels})
+
+
+def test_the_library_loads_without_a_driver(tmp_path):
+    """With a torch that has CUDA the library finds libtorch_cuda.so in the process; here a stand-in of that name."""
+    stand_in = ROOT / "build" / "cmake" / "names" / "libtorch_cuda.so"
+    if not stand_in.exists():
+        pytest.skip("the stand-in for libtorch_cuda.so lies in the build folder, which is not here")
+    code = (
+        "import ctypes, torch\n"
+        f"ctypes.CDLL({str(stand_in)!r}, mode=ctypes.RTLD_GLOBAL)\n"
+        "import recsparse_kernels as rk\n"
+        "from recsparse_kernels.ops._backend import OPS\n"
+        f"torch.ops.load_library({str(LIBRARY)!r})\n"
+        "assert torch.ops.recsparse.cuda_runtime_version() >= 12000\n"
+        "assert torch._C._dispatch_has_kernel_for_dispatch_key('recsparse::masked_embedding_bag', 'CUDA')\n"
+        "print(torch.ops.recsparse.cuda_driver_version())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ}
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().isdigit()
