@@ -19,8 +19,6 @@
 namespace recsparse {
 namespace {
 
-constexpr uint64_t kRound = 0xd1b54a32d192ed03u;
-constexpr int kDrawRounds = 64;        // then the next free input is taken
 constexpr int64_t kBins = 1 << 16;     // a histogram is half a megabyte, so
 constexpr int64_t kPerSlab = 1 << 20;  // a slab has at least so many connections
 constexpr int64_t kMaxSlabs = 16;

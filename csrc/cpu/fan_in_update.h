@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../fan_in_random.h"
 #include "fan_in_chunks.h"
 
 namespace recsparse {
@@ -14,13 +15,6 @@ struct FanInStep {  // the optimizer arguments of the ops, in their order
   bool stochastic_rounding;
   int64_t seed;
 };
-
-inline uint64_t split_mix(uint64_t x) {  // the finalizer of SplitMix64
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
 
 // 1 / (1 - beta^step); by squaring, since pow would ask for a newer libm than manylinux_2_28
 inline float bias_correction(double beta, int64_t step) {

@@ -55,12 +55,12 @@ int64_t blocks_for(int64_t count) { return std::min(kMaxBlocks, ceil_div(count, 
 
 CheckIndices check_indices_mode() { return CheckIndices(mode_in_use.load()); }
 
-Tensor checked_indices(const Stream& stream, const char* name, const Tensor& indices,
-                       int64_t size) {
+Tensor checked_indices(const Stream& stream, const char* name, const Tensor& indices, int64_t size,
+                       [[maybe_unused]] const char* what) {
   const int64_t count = indices.numel();
   const CheckIndices mode = check_indices_mode();
   if (count == 0 || mode == CheckIndices::kNone) return indices;
-  return with_index_type(indices.scalar_type(), name, [&](auto tag) {
+  const auto check = [&](auto tag) -> Tensor {
     using Index = typename decltype(tag)::type;
     const Index* p = data<Index>(stream, indices);
     if (mode == CheckIndices::kClamp) {
@@ -73,14 +73,16 @@ Tensor checked_indices(const Stream& stream, const char* name, const Tensor& ind
     }
 #ifdef RS_CUDA_ON_CPU
     for (int64_t j = 0; j < count; ++j)
-      RS_CHECK_INDEX(p[j] >= 0 && int64_t(p[j]) < size, name, " must be in [0, ", size,
-                     "), the rows of the table; got ", int64_t(p[j]), " at position ", j);
+      RS_CHECK_INDEX(p[j] >= 0 && int64_t(p[j]) < size, name, " must be in [0, ", size, ")", what,
+                     "; got ", int64_t(p[j]), " at position ", j);
 #else
     launch(stream, "assert_indices", assert_indices_kernel<Index>, {blocks_for(count)}, {kThreads},
            0, p, count, size);
 #endif
     return indices;
-  });
+  };
+  if (indices.scalar_type() == ScalarType::Short) return check(TypeTag<int16_t>());
+  return with_index_type(indices.scalar_type(), name, check);
 }
 
 void check_offsets(const Stream& stream, const Tensor& offsets, int64_t count) {

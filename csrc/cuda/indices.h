@@ -14,8 +14,10 @@ namespace recsparse {
 enum class CheckIndices : int64_t { kRaise = 0, kClamp = 1, kNone = 2 };
 CheckIndices check_indices_mode();
 
-// The indices (int32 or int64, contiguous) to use, each in [0, size) unless the mode is none.
-Tensor checked_indices(const Stream& stream, const char* name, const Tensor& indices, int64_t size);
+// The indices (int16, int32 or int64, contiguous) to use, each in [0, size) unless the mode is none.
+// `what` follows the range in the message.
+Tensor checked_indices(const Stream& stream, const char* name, const Tensor& indices, int64_t size,
+                       const char* what = ", the rows of the table");
 
 // Raises likewise unless the offsets of bags begin at 0, do not descend and do not pass `count`.
 void check_offsets(const Stream& stream, const Tensor& offsets, int64_t count);

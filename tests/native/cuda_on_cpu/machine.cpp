@@ -501,7 +501,9 @@ class Machine {
         fail("race: shared memory that thread " + std::to_string(s.writer) +
              " wrote since the last barrier" + code(from));
       if (access == Access::kRead) {
-        if (s.read_epoch != epoch_ || s.reader == Shadow::kNobody) {
+        const bool ordered = s.reader != Shadow::kMany && s.reader_warp == warp &&
+                             s.read_warp_epoch < now;  // a __syncwarp since the last reader
+        if (s.read_epoch != epoch_ || s.reader == Shadow::kNobody || ordered) {
           s.reader = me;
         } else if (s.reader != me) {
           s.reader = s.reader != Shadow::kMany && s.reader_warp == warp ? Shadow::kManyInAWarp
@@ -618,8 +620,10 @@ void copy_wait(int pending) { machine().copy_wait(pending); }
 // What the compiler calls before each access (-fsanitize=thread).
 void hook(const void* p, size_t bytes, Access access, size_t alignment, const void* from) {
   if (!in_kernel) return;
+  in_kernel = false;  // inline functions of the standard library may be the kernels' copies
   if (alignment > 1) machine().check_alignment(p, alignment, from);
   machine().access(p, bytes, access, from);
+  in_kernel = true;
 }
 
 }  // namespace cuda_on_cpu
