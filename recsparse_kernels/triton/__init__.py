@@ -36,10 +36,13 @@ if not REASON:
         fan_in_topk,
         low_rank,
         low_rank_embedding,
+        low_rank_embedding_max,
         low_rank_fields,
         masked_embedding,
         masked_embedding_grad,
         masked_embedding_matmul,
+        masked_embedding_table,
+        masked_embedding_windows,
         sparse24,
         sparse24_linear,
     )

@@ -2,10 +2,10 @@
 
 row(v) = table[v] up^T + mean                                   table [V, R]   up [D, R]   mean [D]
 bag:     sum or mean of weight * row(index) = pooled up^T + total * mean
-max:     elementwise maximum of the rows of the bag, and the lookup that won
 
 Sums and means pool rows of rank R in registers and project once for each bag. The gradient to the table
-is a sum over sorted lookups (_segments.py), so that it does not depend on any order of execution.
+is a sum over sorted lookups (_segments.py), so that it does not depend on any order of execution. The
+maximum is in low_rank_embedding_max.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ from ._configs import Configs
 from ._device import device_function
 from ._launch import checked_indices, launch, launcher
 from ._linear import linear, weight_grad
-from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 from ._segments import Runs, sum_runs
 
@@ -41,8 +40,6 @@ CONFIGS = Configs(
         "single lookups, rank 128, float32": dict(BLOCK_B=32, BLOCK_D=32, UNROLL=1, num_warps=8),
     },
 )
-MAX_CONFIG = dict(BLOCK_L=16, BLOCK_D=64, num_warps=4)
-MAX_GRAD_CONFIG = dict(BLOCK_D=16, UNROLL=4, num_warps=4)
 WEIGHTS_CONFIG = dict(BLOCK_B=128, num_warps=4)
 GRAD_WEIGHTS_CONFIG = dict(BLOCK_B=16, BLOCK_D=64, num_warps=4)
 
@@ -225,121 +222,7 @@ def _grad_weights_kernel(
         tl.store(grad_weights_ptr + start + step, each, mask=kept)
 
 
-@triton.jit
-def _max_kernel(
-    table_ptr,  # [V, R]
-    up_ptr,  # [D, R]
-    mean_ptr,  # [D] or None
-    indices_ptr,  # [N]
-    starts_ptr,  # [B + 1]
-    output_ptr,  # [B, D]
-    winner_ptr,  # [B, D] int64
-    V,
-    R,
-    D,
-    N,
-    padding_idx,
-    BLOCK_R: tl.constexpr,
-    BLOCKS_R: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    # one program: one bag x BLOCK_D columns; the first of equal rows wins, NaN wins nothing but shows
-    b = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    d_inside = d < D
-    start = tl.maximum(tl.load(starts_ptr + b).to(tl.int64), 0)
-    end = tl.minimum(tl.load(starts_ptr + b + 1).to(tl.int64), N)
-    best = tl.full((BLOCK_D,), float("-inf"), dtype=tl.float32)
-    winner = tl.full((BLOCK_D,), -1, dtype=tl.int64)
-    nan = tl.zeros((BLOCK_D,), dtype=tl.int32)
-    r = tl.arange(0, BLOCK_R)
-    up = tl.load(
-        up_ptr + d[None, :].to(tl.int64) * R + r[:, None],
-        mask=d_inside[None, :] & (r < R)[:, None],
-        other=0.0,
-    )
-    for at0 in range(start, end, BLOCK_L):
-        at = at0 + tl.arange(0, BLOCK_L)
-        index = tl.load(indices_ptr + at, mask=at < end, other=-1).to(tl.int64)
-        kept = (at < end) & (index != padding_idx) & (index >= 0) & (index < V)
-        rows = tl.zeros((BLOCK_L, BLOCK_D), dtype=tl.float32)
-        for block in tl.static_range(BLOCKS_R):
-            r = block * BLOCK_R + tl.arange(0, BLOCK_R)
-            low = tl.load(
-                table_ptr + index[:, None] * R + r[None, :], mask=kept[:, None] & (r < R)[None, :], other=0.0
-            )
-            if BLOCKS_R > 1:  # one block is held all along
-                up = tl.load(
-                    up_ptr + d[None, :].to(tl.int64) * R + r[:, None],
-                    mask=d_inside[None, :] & (r < R)[:, None],
-                    other=0.0,
-                )
-            rows = dot(low, up, rows)
-        is_nan = (rows != rows) & kept[:, None]
-        nan = tl.maximum(nan, tl.max(is_nan.to(tl.int32), axis=0))
-        rows = tl.where(kept[:, None] & (rows == rows), rows, float("-inf"))
-        top = tl.max(rows, axis=0)
-        reached = kept[:, None] & (rows == top[None, :])
-        first = tl.min(tl.where(reached, at[:, None], N), axis=0)
-        better = (first < N) & ((top > best) | (winner < 0))
-        best = tl.where(better, top, best)
-        winner = tl.where(better, first, winner)
-    winner = tl.where(nan > 0, -1, winner)
-    best = tl.where(winner >= 0, best, tl.where(nan > 0, float("nan"), 0.0))
-    if mean_ptr is not None:
-        mean = tl.load(mean_ptr + d, mask=d_inside, other=0.0).to(tl.float32)
-        best += tl.where(winner >= 0, mean, 0.0)
-    tl.store(output_ptr + b * D + d, cast(best, output_ptr.dtype.element_ty), mask=d_inside)
-    tl.store(winner_ptr + b * D + d, winner, mask=d_inside)
-
-
-@triton.jit
-def _max_grad_up_kernel(
-    grad_output_ptr,  # [B, D]
-    table_ptr,  # [V, R]
-    indices_ptr,  # [N]
-    winner_ptr,  # [B, D] int64
-    grad_up_ptr,  # [D, R] or [S, D, R] float32
-    grad_mean_ptr,  # [D] or [S, D] float32, or None
-    V,
-    R,
-    D,
-    B,
-    N,
-    b_each,  # bags that a part sums
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    # one program: BLOCK_D rows of up x BLOCK_R, over one part of the bags
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    part = tl.program_id(2).to(tl.int64)
-    acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
-    sums = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    end = tl.minimum((part + 1) * b_each, B)
-    for b0 in range(part * b_each, end, UNROLL):
-        for b1 in tl.static_range(UNROLL):
-            b = b0 + b1 + tl.zeros((BLOCK_D,), dtype=tl.int64)
-            inside = (d < D) & (b < end)
-            winner = tl.load(winner_ptr + b * D + d, mask=inside, other=-1)
-            won = (winner >= 0) & (winner < N)
-            index = tl.load(indices_ptr + winner, mask=won, other=-1).to(tl.int64)
-            grad = tl.load(grad_output_ptr + b * D + d, mask=won, other=0.0).to(tl.float32)
-            mask = ((index >= 0) & (index < V))[:, None] & (r < R)[None, :]
-            row = tl.load(table_ptr + index[:, None] * R + r[None, :], mask=mask, other=0.0)
-            acc += grad[:, None] * row.to(tl.float32)
-            sums += grad
-    up_at = part * D * R + d[:, None].to(tl.int64) * R + r[None, :]
-    up_mask = (d < D)[:, None] & (r < R)[None, :]
-    tl.store(grad_up_ptr + up_at, cast(acc, grad_up_ptr.dtype.element_ty), mask=up_mask)
-    if grad_mean_ptr is not None:
-        if tl.program_id(1) == 0:
-            tl.store(grad_mean_ptr + part * D + d, cast(sums, grad_mean_ptr.dtype.element_ty), mask=d < D)
-
-
-def _block_r(R: int) -> int:
+def rank_block(R: int) -> int:
     return min(MAX_RANK, max(16, triton.next_power_of_2(R)))
 
 
@@ -367,12 +250,12 @@ def checked_starts(offsets: Tensor, lookups: int, include_last_offset: bool) -> 
     return starts.contiguous()
 
 
-def _clamped(indices: Tensor, size: int) -> Tensor:
+def clamped(indices: Tensor, size: int) -> Tensor:
     """What the forward looked up; checked there, so not again."""
     return checked_indices("indices", indices, size) if get_check_indices() == "clamp" else indices
 
 
-def _inputs(table, up, mean, indices, offsets, weights, include_last_offset):
+def bag_inputs(table, up, mean, indices, offsets, weights, include_last_offset):
     """Contiguous tensors, starts or None, number of bags."""
     if offsets is None and weights is not None:
         raise ValueError("per_sample_weights needs offsets; got None")
@@ -412,7 +295,7 @@ def low_rank_embedding_bag(
     sparse: bool,
     keep_pooled: bool,
 ) -> tuple[Tensor, Tensor]:
-    table, up, mean, indices, starts, weights, B = _inputs(
+    table, up, mean, indices, starts, weights, B = bag_inputs(
         table, up, mean, indices, offsets, per_sample_weights, include_last_offset
     )
     (V, R), D, N = table.shape, up.shape[0], indices.shape[0]
@@ -421,7 +304,7 @@ def low_rank_embedding_bag(
     pooled = table.new_empty(B if keep_pooled or not fused else 0, R)
     name = ("single lookups" if starts is None else "bags") + ", rank 128" * (R > 64)
     config = CONFIGS[name + ", float32" * (table.element_size() == 4)]
-    block_r = _block_r(R)
+    block_r = rank_block(R)
     launch(
         _bag_kernel,
         (triton.cdiv(B, config["BLOCK_B"]), 1 if fused else triton.cdiv(R, block_r)),
@@ -461,7 +344,7 @@ def low_rank_embedding_bag_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if needs_sample_weights and offsets is None:
         raise ValueError("a gradient to sample weights needs offsets; got None")
-    table, up, mean, indices, starts, weights, B = _inputs(
+    table, up, mean, indices, starts, weights, B = bag_inputs(
         table, up, mean, indices, offsets, per_sample_weights, include_last_offset
     )
     grad_output, pooled = grad_output.contiguous(), pooled.contiguous()
@@ -494,62 +377,10 @@ def low_rank_embedding_bag_grad(
             (triton.cdiv(B, config["BLOCK_B"]),),
             *(grad_output, grad_pooled, table, mean, indices, starts, inverse, grad_weights),
             *(V, R, D, B, N, padding_idx),
-            BLOCK_R=_block_r(R),
+            BLOCK_R=rank_block(R),
             **config,
         )
     return grad_pooled, grad_up, grad_mean, grad_weights
-
-
-@launcher
-def low_rank_embedding_bag_max(
-    table: Tensor,
-    up: Tensor,
-    mean: Tensor | None,
-    indices: Tensor,
-    offsets: Tensor,
-    padding_idx: int,
-    include_last_offset: bool,
-) -> tuple[Tensor, Tensor]:
-    table, up, mean, indices, starts, _, B = _inputs(
-        table, up, mean, indices, offsets, None, include_last_offset
-    )
-    (V, R), D, N = table.shape, up.shape[0], indices.shape[0]
-    output = table.new_empty(B, D)
-    winner = torch.empty((B, D), dtype=torch.int64, device=table.device)
-    grid = (B, triton.cdiv(D, MAX_CONFIG["BLOCK_D"]))
-    args = (table, up, mean, indices, starts, output, winner, V, R, D, N, padding_idx)
-    block_r = _block_r(R)
-    blocks = max(1, triton.cdiv(R, block_r))
-    launch(_max_kernel, grid, *args, BLOCK_R=block_r, BLOCKS_R=blocks, **MAX_CONFIG)
-    return output, winner
-
-
-@launcher
-def low_rank_embedding_bag_max_grad(
-    grad_output: Tensor, table: Tensor, up: Tensor, indices: Tensor, positions: Tensor, needs_mean: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_output, table, up = grad_output.contiguous(), table.contiguous(), up.contiguous()
-    indices, positions = _clamped(indices, table.shape[0]).contiguous(), positions.contiguous()
-    (B, D), (V, R), N = grad_output.shape, table.shape, indices.shape[0]
-    grad_up, grad_mean = torch.empty_like(up), up.new_empty(D if needs_mean else 0)
-    config, block_r = MAX_GRAD_CONFIG, _block_r(R)
-    tiles_d, tiles_r = triton.cdiv(D, config["BLOCK_D"]), max(1, triton.cdiv(R, block_r))
-    parts, each = split_rows(B, tiles_d * tiles_r, config["UNROLL"], max(1, B // max(R, 1)))
-    up_parts = empty_parts(parts, grad_up)
-    mean_parts = empty_parts(parts, grad_mean) if needs_mean else None
-    args = (grad_output, table, indices, positions, up_parts, mean_parts, V, R, D, B, N, each)
-    launch(_max_grad_up_kernel, (tiles_d, tiles_r, parts), *args, BLOCK_R=block_r, **config)
-    if parts > 1:
-        sum_partials(up_parts, grad_up)
-        if needs_mean:
-            sum_partials(mean_parts, grad_mean)
-    grad_table = torch.zeros_like(table)
-    if N and B and D:
-        # each pair (bag, column) adds grad_output * up[column] to the row that won it
-        rows = indices[positions.clamp(0, N - 1)].long()
-        keys = torch.where((positions >= 0) & (positions < N), rows, V).reshape(-1)
-        sum_runs(Runs(keys, V), up, grad_table, weights=grad_output)
-    return grad_table, grad_up, grad_mean
 
 
 def _lookups(indices, starts, weights, bags, num_embeddings, mode, padding_idx):
@@ -580,7 +411,7 @@ def low_rank_rows_grad(
     include_last_offset: bool,
 ) -> Tensor:
     grad_pooled = grad_pooled.contiguous()
-    indices = _clamped(indices, num_embeddings).contiguous()
+    indices = clamped(indices, num_embeddings).contiguous()
     starts = None if offsets is None else checked_starts(offsets, indices.shape[0], include_last_offset)
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     args = (indices, starts, weights, grad_pooled.shape[0], num_embeddings, pooling_mode, padding_idx)
@@ -602,7 +433,7 @@ def low_rank_rows_grad_sparse(
     include_last_offset: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_pooled = grad_pooled.contiguous()
-    indices = _clamped(indices, num_embeddings).contiguous()
+    indices = clamped(indices, num_embeddings).contiguous()
     starts = None if offsets is None else checked_starts(offsets, indices.shape[0], include_last_offset)
     weights = None if per_sample_weights is None else per_sample_weights.contiguous()
     N, R = indices.shape[0], grad_pooled.shape[1]
@@ -648,8 +479,3 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"single grad, {label}", partial(low_rank_embedding_bag_grad, *args)
             args = (pooled, *single, V, SUM, *rest)
             yield f"single rows grad, {label}", partial(low_rank_rows_grad, *args)
-            args = (table, up, mean, indices, offsets, *rest)
-            yield f"max, {label}", partial(low_rank_embedding_bag_max, *args)
-            winner = empty(B, D, dtype=torch.int64)
-            args = (grad, table, up, indices, winner, True)
-            yield f"max grad, {label}", partial(low_rank_embedding_bag_max_grad, *args)

@@ -1,14 +1,14 @@
-"""Masked embedding tables, Triton: lookups, pooled lookups, records, and the table as a whole.
+"""Masked embedding tables, Triton: lookups, pooled lookups, records.
 
     masked_embedding          output[n, :] = W[indices[n], :]
     masked_embedding_bag      output[b, :] = scale(b) sum over lookups j of bag b of weights[j] W[indices[j], :]
                               or the maximum over them
-    masked_embedding_unpack   output[i, :] = W[i, :], and back: values = the kept of a dense [V, D]
 
 A program holds a tile of rows times columns in flight: reading a row is a chain of loads (index, start and
 mask, values), so what counts is how many rows wait at once. Bags share a tile: BLOCK_B bags times BLOCK_L
 lookups of each, as many lookups as bags have on average (`bag_config`). Sums are in float32, in a fixed
-order. Rows are found by masked_embedding_rows.py; gradients are in masked_embedding_grad.py.
+order. Rows are found by masked_embedding_rows.py; gradients are in
+masked_embedding_grad.py, what concerns the whole table in masked_embedding_table.py.
 """
 
 import torch
@@ -17,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Configs
-from ._launch import NO_SPILL, checked_indices, launch, launcher
+from ._launch import checked_indices, launch, launcher
 from ._precision import cast
+from .masked_embedding_cases import SAMPLES, sample_tables
 from .masked_embedding_rows import (
     FIXED_RECORDS,
     RECORDS,
     Table,
     bag_range,
-    key_dtype,
-    locate,
+    cdiv,
     read_rows,
     table_of,
 )
@@ -39,6 +39,7 @@ CONFIGS = Configs(
     {
         "rows": dict(elements=2048, num_warps=4),  # a row for each index
         "bags": dict(elements=1024, num_warps=4),
+        "gradients": dict(elements=1024, num_warps=4),
         "pairs": dict(elements=1024, num_warps=4),  # rows of two tables at once
         "norms": dict(elements=512, num_warps=4),  # rows read twice
     },
@@ -47,10 +48,6 @@ CONFIGS = Configs(
         "bags": {"small": dict(elements=512, num_warps=2)},
     },
 )
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def rows_in_tile(config: str, columns: int) -> tuple[int, int]:
@@ -178,96 +175,6 @@ def _bag_max_kernel(
         tl.store(argmax_ptr + bag[:, None] * D + d[None, :], where, mask=inside)
 
 
-@triton.jit
-def _gather_kernel(
-    dense_ptr,   # [V, D]
-    values_ptr,  # [nnz], written
-    rows_ptr, bases_ptr, starts_ptr, columns_ptr,
-    V, D, K, nnz, kept_rows,
-    LAYOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # one program: BLOCK_N rows x BLOCK_D columns
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_column = tl.program_id(1) * BLOCK_D
-    d = first_column + tl.arange(0, BLOCK_D)
-    kept, start, within = locate(
-        rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, row < V, first_column, D, K, nnz, kept_rows,
-        LAYOUT, WIDE, 1, BLOCK_D,
-    )  # fmt: skip
-    tile = tl.load(dense_ptr + row[:, None] * D + d[None, :], mask=kept, other=0.0)
-    tl.store((values_ptr + start)[:, None] + within, tile, mask=kept)
-
-
-@triton.jit
-def _repack_kernel(
-    values_ptr,      # [nnz] of the old table
-    rows_ptr, bases_ptr, starts_ptr, columns_ptr,
-    new_values_ptr,  # [new nnz], written
-    new_rows_ptr, new_bases_ptr, new_starts_ptr, new_columns_ptr,
-    V, D, K, nnz, kept_rows, new_K, new_nnz, new_kept_rows,
-    LAYOUT: tl.constexpr, NEW_LAYOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # one program: BLOCK_N rows x BLOCK_D columns
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first_column = tl.program_id(1) * BLOCK_D
-    tile = read_rows(
-        values_ptr, rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, row < V, first_column, D, K, nnz,
-        kept_rows, LAYOUT, WIDE, BLOCK_D,
-    )  # fmt: skip
-    kept, start, within = locate(
-        new_rows_ptr, new_bases_ptr, new_starts_ptr, new_columns_ptr, row, row < V, first_column, D, new_K,
-        new_nnz, new_kept_rows, NEW_LAYOUT, WIDE, 1, BLOCK_D,
-    )  # fmt: skip
-    tl.store((new_values_ptr + start)[:, None] + within, tile, mask=kept)
-
-
-@triton.jit
-def _renorm_kernel(
-    values_ptr,   # [nnz], changed in place
-    rows_ptr, bases_ptr, starts_ptr, columns_ptr,
-    indices_ptr,  # [N], ascending
-    N, V, D, K, nnz, kept_rows, max_norm, norm_type,
-    NORM: tl.constexpr, LAYOUT: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    # one program: BLOCK_N lookups, of which the first of each row scales it. NORM 0: the largest
-    # magnitude; 1, 2: that norm; 3: norm_type
-    SIZE: tl.constexpr = values_ptr.dtype.element_ty.primitive_bitwidth // 8
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.load(indices_ptr + n, mask=n < N, other=-1).to(tl.int64)
-    previous = tl.load(indices_ptr + n - 1, mask=(n > 0) & (n < N), other=-1).to(tl.int64)
-    valid = (n < N) & (row >= 0) & (row < V) & (row != previous)
-    norm = tl.zeros((BLOCK_N,), tl.float32)
-    for first_column in range(0, D, BLOCK_D):
-        tile = read_rows(
-            values_ptr, rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, valid, first_column, D, K, nnz,
-            kept_rows, LAYOUT, WIDE, BLOCK_D,
-        ).to(tl.float32)  # fmt: skip
-        size = tl.abs(tile)
-        if NORM == 0:
-            norm = tl.maximum(norm, tl.max(size, 1))
-            norm += tl.sum(tl.where(tile != tile, tile, 0.0), 1)  # max passes over NaN, which must stay
-        elif NORM == 1:
-            norm += tl.sum(size, 1)
-        elif NORM == 2:
-            norm += tl.sum(size * size, 1)
-        else:
-            power = tl.exp2(norm_type * tl.log2(tl.where(size > 0.0, size, 1.0)))
-            norm += tl.sum(tl.where(size == 0.0, 0.0, tl.where(size > 0.0, power, size)), 1)  # NaN stays
-    if NORM == 2:
-        norm = tl.sqrt(norm)
-    if NORM == 3:
-        norm = tl.where(norm > 0.0, tl.exp2(tl.log2(tl.where(norm > 0.0, norm, 1.0)) / norm_type), norm)
-    scale = max_norm / (norm + 1e-7)
-    for first_column in range(0, D, BLOCK_D):
-        kept, start, within = locate(
-            rows_ptr, bases_ptr, starts_ptr, columns_ptr, row, valid & (norm > max_norm), first_column, D, K, nnz,
-            kept_rows, LAYOUT, WIDE, SIZE, BLOCK_D,
-        )  # fmt: skip
-        at = (values_ptr + start)[:, None] + within
-        tile = tl.load(at, mask=kept, other=0.0).to(tl.float32)
-        tl.store(at, cast(tile * scale[:, None], values_ptr.dtype.element_ty), mask=kept)
-
-
 # ---- what lookups share ----
 
 
@@ -329,7 +236,9 @@ def _pooled(
     return output, argmax
 
 
-def _rows(table: Table, values: Tensor, indices: Tensor | None, num_embeddings: int, output: Tensor) -> None:
+def dense_rows(
+    table: Table, values: Tensor, indices: Tensor | None, num_embeddings: int, output: Tensor
+) -> None:
     """Dense rows of the table into ``output [N, D]``; all in order without indices."""
     D = table.sizes[0]
     columns = table.tile["BLOCK_D"]
@@ -362,7 +271,7 @@ def masked_embedding(
     table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
     indices = checked_indices("indices", indices, num_embeddings).contiguous()
     output = values.new_empty((indices.numel(), embedding_dim))
-    _rows(table, values, indices, num_embeddings, output)
+    dense_rows(table, values, indices, num_embeddings, output)
     return output.view(*indices.shape, embedding_dim)
 
 
@@ -427,151 +336,11 @@ def masked_embedding_records(
         return output
     indices = checked_indices("indices", indices, num_embeddings).contiguous()
     output = values.new_empty((indices.numel(), embedding_dim))
-    _rows(table, values, indices, num_embeddings, output)
+    dense_rows(table, values, indices, num_embeddings, output)
     return output
-
-
-@launcher
-def masked_embedding_unpack(
-    values: Tensor,
-    rows: Tensor,
-    bases: Tensor | None,
-    starts: Tensor | None,
-    columns: Tensor | None,
-    num_embeddings: int,
-    embedding_dim: int,
-) -> Tensor:
-    values = values.contiguous()
-    table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    output = values.new_empty((num_embeddings, embedding_dim))
-    _rows(table, values, None, num_embeddings, output)
-    return output
-
-
-@launcher
-def masked_embedding_unpack_grad_values(
-    grad_output: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    bases: Tensor | None,
-    starts: Tensor | None,
-    columns: Tensor | None,
-    num_embeddings: int,
-    embedding_dim: int,
-) -> Tensor:
-    table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    output = grad_output.new_empty(values.shape)
-    block = table.tile["BLOCK_D"]
-    per_tile, warps = rows_in_tile("rows", block)
-    launch(
-        _gather_kernel, (cdiv(num_embeddings, per_tile), cdiv(embedding_dim, block)),
-        grad_output.contiguous(), output, *table.tensors, num_embeddings, *table.sizes,
-        **table.tile, BLOCK_N=per_tile, num_warps=warps,
-    )  # fmt: skip
-    return output
-
-
-@launcher
-def masked_embedding_repack(
-    values: Tensor,
-    rows: Tensor,
-    bases: Tensor | None,
-    starts: Tensor | None,
-    columns: Tensor | None,
-    new_values: Tensor,
-    new_rows: Tensor,
-    new_bases: Tensor | None,
-    new_starts: Tensor | None,
-    new_columns: Tensor | None,
-    num_embeddings: int,
-    embedding_dim: int,
-) -> Tensor:
-    values = values.contiguous()
-    old = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    new = table_of(new_values, new_rows, new_bases, new_starts, new_columns, num_embeddings, embedding_dim)
-    output = values.new_empty(new_values.shape)
-    block = old.tile["BLOCK_D"]
-    per_tile, warps = rows_in_tile("pairs", block)
-    launch(
-        _repack_kernel, (cdiv(num_embeddings, per_tile), cdiv(embedding_dim, block)),
-        values, *old.tensors, output, *new.tensors, num_embeddings, *old.sizes, *new.sizes[1:],
-        **old.tile, NEW_LAYOUT=new.layout, BLOCK_N=per_tile, num_warps=warps,
-    )  # fmt: skip
-    return output
-
-
-@launcher
-def masked_embedding_renorm(
-    values: Tensor,
-    rows: Tensor,
-    bases: Tensor | None,
-    starts: Tensor | None,
-    columns: Tensor | None,
-    indices: Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    max_norm: float,
-    norm_type: float,
-) -> None:
-    if not values.is_contiguous():
-        raise ValueError(
-            f"values must be contiguous, they are changed in place; got strides {values.stride()}"
-        )
-    table = table_of(values, rows, bases, starts, columns, num_embeddings, embedding_dim)
-    indices = checked_indices("indices", indices, num_embeddings).reshape(-1)
-    ascending = indices.to(key_dtype(num_embeddings)).sort().values
-    per_tile, warps = rows_in_tile("norms", table.tile["BLOCK_D"])
-    launch(
-        _renorm_kernel, (cdiv(indices.numel(), per_tile),),
-        values, *table.tensors, ascending, indices.numel(), num_embeddings, *table.sizes,
-        float(max_norm), float(norm_type),
-        NORM={float("inf"): 0, 1.0: 1, 2.0: 2}.get(norm_type, 3), **table.tile,
-        BLOCK_N=per_tile, num_warps=warps, **NO_SPILL,
-    )  # fmt: skip
 
 
 # ---- what is compiled ahead of time ----
-
-
-def sample_tables(V: int, D: int, density: float, dtype: torch.dtype, device: str = "meta") -> dict:
-    """By layout, arguments with nothing in them: values, rows, bases, starts, columns, V, D."""
-    nnz, mask_bytes, kept = int(V * D * density), cdiv(D, 8), max(1, int(D * density))
-
-    def empty(*shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    bases = empty(cdiv(V, 65536), dtype=torch.int64)
-    tables = {
-        "bitmask": (
-            empty(nnz, dtype=dtype),
-            empty(V, mask_bytes + 4, dtype=torch.uint8),
-            bases,
-            None,
-            None,
-            V,
-            D,
-        ),
-        "fixed_k": (
-            empty(V, kept, dtype=dtype),
-            empty(V, mask_bytes, dtype=torch.uint8),
-            None,
-            None,
-            None,
-            V,
-            D,
-        ),
-    }
-    if D <= 256:
-        rows, starts = empty(cdiv(V, 64), 12, dtype=torch.uint8), empty(V // 8 + 1, dtype=torch.int32)
-        columns = empty(V // 8 * 2, dtype=torch.uint8)
-        tables["row_remap"] = (empty(V // 8 * 2, dtype=dtype), rows, bases, starts, columns, V, D)
-    return tables
-
-
-# Layout, D and dtype of what is compiled: every tile width, every layout, every dtype.
-SAMPLES = [("bitmask", D, torch.float32) for D in (10, 32, 64, 128, 256, 512)]
-SAMPLES += [("fixed_k", 64, torch.float32), ("row_remap", 64, torch.float32)]
-SAMPLES += [("bitmask", 64, torch.bfloat16), ("bitmask", 64, torch.float16)]
 
 
 def compile_cases():
@@ -597,18 +366,12 @@ def compile_cases():
                 )
             masked_embedding_bag(values, *index, indices, None, weights, *sizes, SUM, -1, False, False, False)
 
-        def whole(values=values, index=index, sizes=sizes, dtype=dtype):
-            indices = empty(4096, dtype=torch.int64)
-            masked_embedding(values, *index, indices, *sizes, -1, False, False)
-            masked_embedding_unpack(values, *index, *sizes)
-            masked_embedding_unpack_grad_values(empty(*sizes, dtype=dtype), values, *index, *sizes)
-            masked_embedding_repack(values, *index, values, *index, *sizes)
-            for norm in (1.0, 2.0, 3.0, float("inf")) if sizes[1] == 64 else (2.0,):
-                masked_embedding_renorm(values, *index, indices, *sizes, 1.0, norm)
+        def plain(values=values, index=index, sizes=sizes):
+            masked_embedding(values, *index, empty(4096, dtype=torch.int64), *sizes, -1, False, False)
 
         for length, modes in ((1, ()), (8, (SUM, MEAN, MAX)), (50, ())):
             yield f"{layout} D={D} {dtype} bags of {length}", lambda n=length, m=modes, run=bags: run(n, m)
-        yield f"{layout} D={D} {dtype}", whole
+        yield f"{layout} D={D} {dtype}", plain
     for dtype, integers in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
         records, like = empty(2**32, dtype=integers), empty(0, dtype=dtype)  # 64-bit sizes
         starts, bases = empty(2**24, dtype=torch.int32), empty(256, dtype=torch.int64)

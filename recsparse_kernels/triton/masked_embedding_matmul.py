@@ -17,8 +17,8 @@ from torch import Tensor
 from ._configs import Configs
 from ._launch import launch, launcher
 from ._precision import cast, dot
-from .masked_embedding import SAMPLES, cdiv, sample_tables
-from .masked_embedding_rows import locate, read_rows, table_of
+from .masked_embedding_cases import SAMPLES, sample_tables
+from .masked_embedding_rows import cdiv, locate, read_rows, table_of
 
 # Rows of the batch and of the table in a tile. A tile of the table is 64 x 64, 16 elements a thread in 8
 # warps: expanding it takes positions beside values, and 4 warps spill.

@@ -191,6 +191,10 @@ def bag_range(offsets_ptr, bag, bags, entries, N, L):
     return begin, tl.where(bag < bags, end, begin)
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 class Table(NamedTuple):
     """A table as the kernels take it: ``*tensors`` first, ``*sizes`` later, then the constants ``**tile``."""
 
