@@ -14,7 +14,7 @@
 
 #include "sparse24_tiles.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 template <class T, int kRowsO, int kRowsB, int kWarpsOOf, int kWarpsBOf, int kWarpsKOf,
           int kStagesOf>
@@ -177,4 +177,4 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24
