@@ -24,6 +24,10 @@ HOT = {
     "pieces_kernel": (),
     "join_kernel": (),
     "product_kernel": (),
+    "forward_kernel": (),
+    "backward_kernel": (),
+    "segments_kernel": (),
+    "fields_kernel": (),
 }
 
 
