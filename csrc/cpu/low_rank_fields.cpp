@@ -52,31 +52,6 @@ struct FieldInputs {
   }
 };
 
-void check_low_rank_fields(const Tensor& table, const Tensor& starts, const Tensor& projections,
-                           const std::optional<Tensor>& bias, const Tensor& indices) {
-  check_dim(table, 2, "table", "[sum of V, R]");
-  check_dim(projections, 3, "projections", "[F, R, D]");
-  const int64_t fields = projections.size(0);
-  RS_CHECK_VALUE(projections.size(1) == table.size(1),
-                 "projections must be [F, R, D] with R = ", table.size(1),
-                 ", the columns of table; got shape ", shape_text(projections));
-  check_same_dtype(projections, "projections", table, "table");
-  check_dim(starts, 1, "starts", "[F + 1]");
-  check_dtype(starts, ScalarType::Long, "starts");
-  RS_CHECK_VALUE(starts.size(0) == fields + 1, "starts must be [F + 1] = [", fields + 1,
-                 "]; got shape ", shape_text(starts));
-  if (bias) {
-    RS_CHECK_VALUE(
-        bias->dim() == 2 && bias->size(0) == fields && bias->size(1) == projections.size(2),
-        "bias must be [F, D] = [", fields, ", ", projections.size(2), "]; got shape ",
-        shape_text(*bias));
-    check_same_dtype(*bias, "bias", table, "table");
-  }
-  check_dim(indices, 2, "indices", "[B, F]");
-  RS_CHECK_VALUE(indices.size(1) == fields, "indices must be [B, F] with F = ", fields,
-                 "; got shape ", shape_text(indices));
-}
-
 // Each index within its field's rows, and the fields within the table.
 template <class Index>
 void check_fields(const Index* indices, int64_t batch, int64_t fields, const int64_t* starts,

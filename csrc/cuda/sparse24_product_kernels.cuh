@@ -116,7 +116,7 @@ template <class Shape, int kStride, class Output>
 __device__ __forceinline__ void store_output(const Output& to, const float* sums, int64_t m0,
                                              int64_t n0, int64_t part) {
   each_piece_of_sums<Shape, kStride, kPair>(sums, [&](int row, int column, const float* at) {
-    const int count = m0 + row < to.rows ? inside<kPair>(n0 + column, to.columns) : 0;
+    const int count = m0 + row < to.rows ? elements_inside<kPair>(n0 + column, to.columns) : 0;
     float values[kPair] = {at[0], at[1]};
     if (count) to.write(m0 + row, n0 + column, count, values, part);
   });

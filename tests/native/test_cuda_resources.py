@@ -32,6 +32,10 @@ HOT = {
     "compress_kernel": (),
     "gather_kernel": (),
     "decompress_kernel": (),
+    "forward_kernel": (),
+    "backward_kernel": (),
+    "segments_kernel": (),
+    "fields_kernel": (),
 }
 
 
