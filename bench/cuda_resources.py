@@ -79,7 +79,7 @@ def _demangle(names: list[str]) -> dict[str, str]:
 
 def _instance(demangled: str) -> str:
     """ "void recsparse::bag_kernel<float, 8>(...)" -> "bag_kernel<float, 8>"."""
-    text = re.sub(r"recsparse::|\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", demangled)
+    text = re.sub(r"recsparse::(?:[a-z]\w*::)*|\(anonymous namespace\)::|_GLOBAL__N__\w+::", "", demangled)
     depth = 0
     for i, c in enumerate(text):
         depth += (c == "<") - (c == ">")

@@ -9,14 +9,14 @@
 
 namespace recsparse {
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float logistic(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 __device__ __forceinline__ float activate(float x, Activation activation) {
   switch (activation) {
     case Activation::kRelu: return x <= 0.0f ? 0.0f : x;
     case Activation::kGelu: return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    case Activation::kSilu: return x * sigmoid(x);
-    case Activation::kSigmoid: return sigmoid(x);
+    case Activation::kSilu: return x * logistic(x);
+    case Activation::kSigmoid: return logistic(x);
     case Activation::kTanh: return tanhf(x);
     default: return x;
   }
@@ -30,11 +30,11 @@ __device__ __forceinline__ float slope(float x, Activation activation) {
       return 0.5f * (1.0f + erff(x * 0.7071067811865476f)) +
              x * expf(-0.5f * x * x) * 0.3989422804014327f;
     case Activation::kSilu: {
-      const float s = sigmoid(x);
+      const float s = logistic(x);
       return s * (1.0f + x * (1.0f - s));
     }
     case Activation::kSigmoid: {
-      const float s = sigmoid(x);
+      const float s = logistic(x);
       return s * (1.0f - s);
     }
     case Activation::kTanh: {

@@ -5,6 +5,8 @@
 #include "low_rank_launch.h"
 
 namespace recsparse {
+using namespace low_rank;
+
 namespace {
 
 // Linear, or cross where x0 is given.

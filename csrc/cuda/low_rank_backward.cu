@@ -2,7 +2,7 @@
 
 #include "low_rank_launch.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 template <class T>
 void run_backward(const Stream& stream, BackwardArguments<T> p) {
@@ -25,4 +25,4 @@ template void run_backward(const Stream&, BackwardArguments<float>);
 template void run_backward(const Stream&, BackwardArguments<bf16>);
 template void run_backward(const Stream&, BackwardArguments<f16>);
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -11,7 +11,7 @@
 
 #include "low_rank_rows.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 // Indices of either type.
 struct Indices {
@@ -61,7 +61,7 @@ struct Pooled {
 template <class T>
 __device__ __forceinline__ Pooled<T> pool_piece(const Bags<T>& p, int64_t bag, int64_t column) {
   constexpr int kPiece = kPackOf16Bytes<T>, kUnroll = 4;
-  const int count = inside<kPiece>(column, p.table.columns);
+  const int count = elements_inside<kPiece>(column, p.table.columns);
   const BagRange range = bag_range(p, bag);
   Pooled<T> pooled = {};
   float kept = 0.0f;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(Config::kThreads) bag_kernel(const BagArgument
     const int64_t bag = b0 + at.row;
     const Pooled<T> values = pool_piece(p.in, bag, at.column);
     write_piece(pooled + at.row * MidTile::kStride + at.column, values.sum);
-    const int count = bag < bags ? inside<kPiece>(at.column, rank) : 0;
+    const int count = bag < bags ? elements_inside<kPiece>(at.column, rank) : 0;
     if (p.pooled && count)
       write_piece(p.pooled + bag * rank + at.column, values.sum, count, p.pooled_width);
     if (at.column == 0) totals[at.row] = values.total;
@@ -158,7 +158,7 @@ __global__ void pool_kernel(const Bags<T> p, int64_t pieces_in_row, T* pooled, i
   const int64_t bag = i / pieces_in_row, column = i % pieces_in_row * kPiece;
   if (bag >= p.bags) return;
   write_piece(pooled + bag * p.table.columns + column, pool_piece(p, bag, column).sum,
-              inside<kPiece>(column, p.table.columns), width);
+              elements_inside<kPiece>(column, p.table.columns), width);
 }
 
 constexpr int kLanesOfBag = 8;  // that share a bag's lookups
@@ -212,7 +212,7 @@ __global__ void grad_weights_kernel(const Bags<T> p, Matrix<T> grad_output, Matr
     float sum = 0.0f;
     if (counts)
       for (int64_t r = lane % kLanesOfBag * kPiece; r < rank; r += kLanesOfBag * kPiece) {
-        const int here = inside<kPiece>(r, rank);
+        const int here = elements_inside<kPiece>(r, rank);
         const Piece<T> x = read_piece(p.table.at + index * p.table.stride + r, here, p.table.width);
         const Piece<T> y = read_piece(grad + r, here, grad_pooled.width);
 #pragma unroll
@@ -223,4 +223,4 @@ __global__ void grad_weights_kernel(const Bags<T> p, Matrix<T> grad_output, Matr
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

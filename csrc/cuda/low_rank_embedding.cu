@@ -7,6 +7,8 @@
 #include "low_rank_product.h"
 
 namespace recsparse {
+using namespace low_rank;
+
 namespace {
 
 // mask[n]: whether lookup n is not padding.

@@ -8,6 +8,8 @@
 #include "low_rank_lookups.h"
 
 namespace recsparse {
+using namespace low_rank;
+
 namespace {
 
 // Raises (on a GPU: a device-side assertion) unless each index is within its field's rows.

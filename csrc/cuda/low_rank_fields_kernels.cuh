@@ -12,7 +12,7 @@
 
 #include "low_rank_bag_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int kFieldRows = 32, kFieldBlock = 64;  // rows of the batch; columns of D, or of R
 using FieldGrid = WarpGrid<kFieldRows, kFieldBlock, 2, 2>;
@@ -77,7 +77,7 @@ __global__ void field_lookup_kernel(const Matrix<T> table, const int64_t* starts
   if (clamp) index = index < 0 ? 0 : index < rows ? index : rows - 1;
   const int64_t row = start + index;
   const bool exists = uint64_t(index) < uint64_t(rows) && uint64_t(row) < uint64_t(table.rows);
-  const int count = inside<kPiece>(column, table.columns);
+  const int count = elements_inside<kPiece>(column, table.columns);
   const Piece<T> values =
       read_piece(table.at + (exists ? row * table.stride + column : 0), exists ? count : 0, width);
   write_piece(mid + n * table.columns + column, values, count, width);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kFieldThreads) fields_kernel(const Fields<T> p
       __syncthreads();
       each_piece<Rows, kFieldThreads, kTurns>([&](PieceAt at, int i) {
         const int64_t row = b0 + at.row, column = d0 + at.column;
-        const int count = row < p.batch ? inside<kPiece>(column, p.dim) : 0;
+        const int count = row < p.batch ? elements_inside<kPiece>(column, p.dim) : 0;
         Piece<T> x = read_sums<T>(sums_tile + at.row * kStride + at.column);
 #pragma unroll
         for (int e = 0; e < kPiece; ++e) {
@@ -214,7 +214,7 @@ __device__ __forceinline__ void make_grad_x(const Fields<T>& p, int64_t field, i
   }
   each_piece<Rows, kFieldThreads>([&](PieceAt at, int) {
     const int64_t row = b0 + at.row, column = d0 + at.column;
-    const int count = row < end ? inside<kPiece>(column, p.dim) : 0;
+    const int count = row < end ? elements_inside<kPiece>(column, p.dim) : 0;
     Piece<T> grad = {};
     if (p.grad_output && count)
       grad =
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kFieldThreads) field_grad_rows_kernel(const Fi
   __syncthreads();
   each_piece<Rows, kFieldThreads>([&](PieceAt at, int) {
     const int64_t row = b0 + at.row, r = r0 + at.column;
-    const int count = row < p.batch ? inside<kPiece>(r, p.rank) : 0;
+    const int count = row < p.batch ? elements_inside<kPiece>(r, p.rank) : 0;
     if (!count) return;
     const int64_t to = (row * p.fields + field) * p.rank + r;
     Piece<T> values = read_sums<T>(sums_tile + at.row * kStride + at.column);
@@ -339,4 +339,4 @@ __global__ void field_join_kernel(const float* parts, int64_t count, int64_t fie
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

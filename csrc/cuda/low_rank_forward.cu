@@ -2,7 +2,7 @@
 
 #include "low_rank_launch.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 template <class T>
 void run_forward(const Stream& stream, ForwardArguments<T> p) {
@@ -22,4 +22,4 @@ template void run_forward(const Stream&, ForwardArguments<float>);
 template void run_forward(const Stream&, ForwardArguments<bf16>);
 template void run_forward(const Stream&, ForwardArguments<f16>);
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -4,6 +4,8 @@
 #include "low_rank_launch.h"
 
 namespace recsparse {
+using namespace low_rank;
+
 namespace {
 
 struct Grads {

@@ -13,7 +13,7 @@
 
 #include "low_rank_rows.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 template <class T>
 struct BackwardArguments {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const Backwa
   for (int s = 0; s < kRing - 1; ++s) fetch(s);
   if (needs_sum)  // visible after the first barrier of the loop
     each_piece<MidTile, kThreads>([&](PieceAt at, int) {
-      const int count = b0 + at.row < batch ? inside<kPiece>(at.column, rank) : 0;
+      const int count = b0 + at.row < batch ? elements_inside<kPiece>(at.column, rank) : 0;
       T* to = mid + at.row * MidTile::kStride + at.column;
       const int64_t from = count ? (b0 + at.row) * rank + at.column : 0;
       write_piece(to, read_piece(p.mid.at + from, count, p.mid_width));
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const Backwa
     if (p.factor || needs_sum) {
       each_piece<GradTile, kThreads>([&](PieceAt at, int) {
         const int64_t row = b0 + at.row, column = s * kDepth + at.column;
-        const int count = row < batch ? inside<kPiece>(column, columns) : 0;
+        const int count = row < batch ? elements_inside<kPiece>(column, columns) : 0;
         T* to = grad_tile + at.row * GradTile::kStride + at.column;
         const T* other = to + GradTile::kBytes / int64_t(sizeof(T));
         float* sum = sums_tile + at.row * Stages::Sums::kStride + at.column;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const Backwa
       });
   __syncthreads();
   each_piece<MidTile, kThreads>([&](PieceAt at, int) {
-    const int count = b0 + at.row < batch ? inside<kPiece>(at.column, rank) : 0;
+    const int count = b0 + at.row < batch ? elements_inside<kPiece>(at.column, rank) : 0;
     if (!count) return;
     T* from = mid + at.row * MidTile::kStride + at.column;
     const int64_t to = (b0 + at.row) * rank + at.column;
@@ -182,4 +182,4 @@ __global__ void __launch_bounds__(Config::kThreads) backward_kernel(const Backwa
       });
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -9,7 +9,7 @@
 
 #include "low_rank_rows.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 template <class T>
 struct ForwardArguments {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const Forward
   if (p.mid || p.mid_activation != Activation::kNone)
     each_piece<MidTile, kThreads>([&](PieceAt at, int) {
       T* from = mid + at.row * MidTile::kStride + at.column;
-      const int count = b0 + at.row < batch ? inside<kPiece>(at.column, rank) : 0;
+      const int count = b0 + at.row < batch ? elements_inside<kPiece>(at.column, rank) : 0;
       if (p.mid && count)
         write_piece(p.mid + (b0 + at.row) * rank + at.column, read_piece(from), count, p.mid_width);
       if (p.mid_activation != Activation::kNone)  // some are not 0 at 0
@@ -111,4 +111,4 @@ __global__ void __launch_bounds__(Config::kThreads) forward_kernel(const Forward
       });
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -7,7 +7,7 @@
 #include "low_rank_product.h"
 #include "low_rank_tensors.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int64_t kMostParts = 8;  // of a product into mid or from it: they take memory
 
@@ -24,4 +24,4 @@ void run_forward(const Stream& stream, ForwardArguments<T> p);
 template <class T>
 void run_backward(const Stream& stream, BackwardArguments<T> p);
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -10,7 +10,7 @@
 #include "low_rank_bag_kernels.cuh"
 #include "low_rank_tensors.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int kLookupThreads = 256;
 
@@ -85,4 +85,4 @@ void bag_weights(const Stream& stream, const Bags<T>& bags, float* totals, float
          inverses);
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -5,7 +5,7 @@
 
 #include "low_rank_bag_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int kMaxLookups = 16, kMaxColumns = 64;  // projected at a time
 using MaxGrid = WarpGrid<kMaxLookups, kMaxColumns, 1, 4>;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int64_t r0 = 0; r0 < rank; r0 += Memory::kDepth) {
       each_piece<RowTile, kMaxThreads>([&](PieceAt at, int) {
         const int64_t index = index_of(first + at.row), r = r0 + at.column;
-        const int count = index >= 0 ? inside<kPiece>(r, rank) : 0;
+        const int count = index >= 0 ? elements_inside<kPiece>(r, rank) : 0;
         load_piece(rows + at.row * RowTile::kStride + at.column,
                    p.table.at + (count ? index * p.table.stride + r : 0), count, p.table.width);
       });
@@ -150,4 +150,4 @@ __global__ void max_keys_kernel(const Bags<T> p, const int64_t* winners, int64_t
   values[i] = int32_t(i);
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

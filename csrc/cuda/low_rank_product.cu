@@ -4,7 +4,7 @@
 #include "activation.cuh"
 #include "low_rank_product.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 namespace {
 
 constexpr int kBlock = 64;  // rows and columns of out that a block of threads makes
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product<T> p) {
   __syncthreads();
   each_piece<Tile<T, kBlock, kBlock>, kThreads>([&](PieceAt at, int) {
     const int64_t row = m0 + at.row, column = n0 + at.column;
-    const int count = row < p.m ? inside<kPiece>(column, p.n) : 0;
+    const int count = row < p.m ? elements_inside<kPiece>(column, p.n) : 0;
     if (!count) return;
     float* from = tile + at.row * OutTile::kStride + at.column;
     if (p.out_parts) {
@@ -261,4 +261,4 @@ RS_INSTANTIATE(bf16)
 RS_INSTANTIATE(f16)
 #undef RS_INSTANTIATE
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

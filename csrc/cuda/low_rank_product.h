@@ -10,7 +10,7 @@
 #include "../activation.h"
 #include "mma_tile.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 // What is done to a as it is loaded ...
 enum class Load {
@@ -55,4 +55,4 @@ struct Product {
 template <Layout kA, Layout kB, class T>
 void run_product(const Stream& stream, Product<T> product, int64_t most_parts);
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

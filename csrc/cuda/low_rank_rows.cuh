@@ -5,7 +5,7 @@
 #include "activation.cuh"
 #include "mma_tile.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int kMaxRank = 128;
 constexpr int kBlockColumns = 64;  // columns of an output that are made at a time
@@ -82,7 +82,7 @@ __device__ __forceinline__ void project(const T* mid, T* stages, float* sums_til
     __syncthreads();
     each_piece<typename Config::OutTile, Config::kThreads, kUnroll>([&](PieceAt at, int) {
       const int64_t column = n0 + at.column;
-      const int count = inside<kPiece>(column, columns);
+      const int count = elements_inside<kPiece>(column, columns);
       if (!count) return;
       float* from = sums_tile + at.row * kStride + at.column;
       if (bias) {
@@ -97,4 +97,4 @@ __device__ __forceinline__ void project(const T* mid, T* stages, float* sums_til
   cp_async_wait<0>();
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -10,7 +10,7 @@
 
 #include "mma_tile.cuh"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 constexpr int kChunk = 32;
 
@@ -45,7 +45,7 @@ __global__ void segments_kernel(const Segments<T> p, int64_t pieces_in_row) {
   if (first >= p.count) return;
   const int64_t end = first + kChunk < p.count ? first + kChunk : p.count;
   const int64_t columns = p.source.columns;
-  const int count = inside<kPiece>(column, columns);
+  const int count = elements_inside<kPiece>(column, columns);
   Piece<T> sum = {};
   uint32_t key = p.keys[first];
   bool from_before = first > 0 && p.keys[first - 1] == key;
@@ -134,4 +134,4 @@ __global__ void __launch_bounds__(kJoinWays* kWarp) join_segments_kernel(const S
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

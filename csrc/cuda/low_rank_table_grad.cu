@@ -14,6 +14,8 @@
 #include "sort.h"
 
 namespace recsparse {
+using namespace low_rank;
+
 namespace {
 
 // Keys, and what the sort makes of them.

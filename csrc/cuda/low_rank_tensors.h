@@ -3,7 +3,7 @@
 
 #include "launch.h"
 
-namespace recsparse {
+namespace recsparse::low_rank {
 
 inline Tensor empty_2d(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
@@ -14,4 +14,4 @@ inline MaybeTensor contiguous(const MaybeTensor& t) {
   return torch::stable::contiguous(*t);
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::low_rank

@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_piece(T* shared, const T* global, int count
 
 // Elements of [first, first + kPiece) that are below the end.
 template <int kPiece>
-__device__ __forceinline__ int inside(int64_t first, int64_t end) {
+__device__ __forceinline__ int elements_inside(int64_t first, int64_t end) {
   const int64_t left = end - first;
   return left >= kPiece ? kPiece : left > 0 ? int(left) : 0;
 }
@@ -122,7 +122,7 @@ __device__ __forceinline__ void load_tile(T* shared, const Matrix<T>& from, int6
   }
   each_piece<TileOf, kThreads>([&](PieceAt p, int) {
     const int64_t row = row0 + p.row, column = column0 + p.column;
-    const int count = row < from.rows ? inside<kPiece>(column, from.columns) : 0;
+    const int count = row < from.rows ? elements_inside<kPiece>(column, from.columns) : 0;
     load_piece(shared + p.row * TileOf::kStride + p.column,
                from.at + (count ? row * from.stride + column : 0), count, from.width);
   });

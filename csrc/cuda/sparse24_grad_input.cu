@@ -1,7 +1,7 @@
 // Gradient of the 2:4 linear to its input: grad_input [B, I] = grad_sum [B, O] W.
 #include "sparse24_product.h"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 namespace {
 
 Tensor sparse24_linear_grad_input(const Tensor& grad_sum, const Tensor& values,
@@ -32,4 +32,4 @@ Tensor sparse24_linear_grad_input(const Tensor& grad_sum, const Tensor& values,
 
 RS_CUDA_OPS(m) { m.impl("sparse24_linear_grad_input", TORCH_BOX(&sparse24_linear_grad_input)); }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

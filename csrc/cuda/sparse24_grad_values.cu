@@ -1,7 +1,7 @@
 // Gradient of the 2:4 linear to its kept values: of grad_sum^T input [O, I], what is kept.
 #include "sparse24_product.h"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 namespace {
 
 Tensor sparse24_linear_grad_values(const Tensor& grad_sum, const Tensor& input,
@@ -29,4 +29,4 @@ Tensor sparse24_linear_grad_values(const Tensor& grad_sum, const Tensor& input,
 
 RS_CUDA_OPS(m) { m.impl("sparse24_linear_grad_values", TORCH_BOX(&sparse24_linear_grad_values)); }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

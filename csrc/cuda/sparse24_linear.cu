@@ -4,7 +4,7 @@
 #include "sparse24_linear.h"
 #include "sparse24_linear_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 namespace {
 
 //                                     O    B    warps O, B, K, stages
@@ -98,4 +98,4 @@ RS_CUDA_OPS(m) {
   m.impl("sparse24_linear_ste", TORCH_BOX(&sparse24_linear_ste));
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

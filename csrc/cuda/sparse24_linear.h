@@ -3,7 +3,7 @@
 
 #include "sparse24_product.h"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 constexpr int64_t kFewRows = 16;  // up to which the weight's bytes are the time
 
@@ -18,4 +18,4 @@ struct LinearCall {
 
 void run_linear(const LinearCall<float>& call);
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

@@ -4,7 +4,7 @@
 #include "sparse24_linear.h"
 #include "sparse24_rows_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 namespace {
 
 template <int kRows>
@@ -32,4 +32,4 @@ void run_linear(const LinearCall<float>& call) {
                      to.columns, elements);
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

@@ -14,7 +14,7 @@
 
 #include "sparse24_tiles.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 template <class T, int kRowsO, int kRowsB, int kWarpsOOf, int kWarpsBOf, int kWarpsKOf,
           int kStagesOf>
@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_metadata(uint8_t* tile, const uint8_t* meta
     const int64_t row = row0 + r < rows ? row0 + r : rows - 1, byte = byte0 + 8 * k;
     const uint8_t* from = metadata + row * row_bytes + byte;
     uint8_t* to = tile + (k * Shape::kBlockO + r) * 8;
-    const int count = inside<8>(byte, row_bytes);
+    const int count = elements_inside<8>(byte, row_bytes);
     if (count == 8 && width >= 8) {
       cp_async_small<8>(to, from);
     } else if (count == 8 && width >= 4) {
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < Shape::kBlockB * kInRow; i += Shape::kThreads) {
     const int64_t b = b0 + i / kInRow, o = o0 + i % kInRow * kPair;
-    const int count = b < to.rows ? inside<kPair>(o, to.columns) : 0;
+    const int count = b < to.rows ? elements_inside<kPair>(o, to.columns) : 0;
     if (count == 0) continue;
     const float* at = tile_sums + i / kInRow * Shape::kSumStride + i % kInRow * kPair;
     float total[kPair] = {at[0], at[1]};
@@ -177,4 +177,4 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

@@ -3,7 +3,7 @@
 #include "../sparse24.h"
 #include "sparse24_pack_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 namespace {
 
 // Whether all rows of so many elements can be accessed eight at a time (`load_eight`).
@@ -166,4 +166,4 @@ RS_CUDA_OPS(m) {
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

@@ -14,7 +14,7 @@
 
 #include "primitives.h"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 constexpr int kPackThreads = 256;
 constexpr int kTileThreads = 128;  // the sums of a tile take most of a thread's registers
@@ -356,4 +356,4 @@ __global__ void decompress_kernel(const T* values, const uint8_t* metadata, T* d
   store_eight(dense + row * size.columns, columns, 8 * byte, size.columns, aligned);
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

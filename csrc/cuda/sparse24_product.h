@@ -9,7 +9,7 @@
 #include "launch.h"
 #include "sparse24_product_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 // The steps of the depth in parts, so that few tiles still fill the GPU.
 struct Split {
@@ -67,7 +67,7 @@ void launch_product(const Stream& stream, const char* name, Product product, int
                   most_parts<typename Shape::Type>(elements, product.to.rows * product.to.columns));
   with_parts(stream, name, split, product.to, [&](Parts parts) {
     product.to.parts = parts;
-    launch(stream, name, product_kernel<Shape, Product>, {tiles_m * tiles_n, split.parts},
+    launch(stream, name, expanded_product_kernel<Shape, Product>, {tiles_m * tiles_n, split.parts},
            {Shape::kThreads}, ProductTiles<Shape, Product>::kSharedBytes, product, tiles_m, tiles_n,
            split.steps_each);
   });
@@ -88,4 +88,4 @@ inline int64_t elements_of(const Sparse24Sizes& size) {
   return size.batch * (size.in_features + size.out_features) + size.out_features * size.padded / 2;
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

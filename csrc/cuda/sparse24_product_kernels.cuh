@@ -5,14 +5,14 @@
 //   GradValuesProduct  grad_values[o, k] = sum_b grad_sum[b, o] input[b, column(o, k)]
 //   input [B, I]   grad_sum [B, O]   W [O, I] as values [O, P / 2], metadata [O, P / 8]
 //
-// A product says what its tiles A [M, K] and B [K, N] are and where sums go; product_kernel streams
-// the tiles through kStages of shared memory. An expanded tile is read one step ahead into
-// registers, and written to its stage when the step's arithmetic has been issued.
+// A product says what its tiles A [M, K] and B [K, N] are and where sums go; the kernel streams the
+// tiles through kStages of shared memory. An expanded tile is read one step ahead into registers,
+// and written to its stage when the step's arithmetic has been issued.
 #pragma once
 
 #include "sparse24_tiles.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 template <class T, int kRows, int kColumns, int kWarpsM, int kWarpsN, int kDepthOf, int kStagesOf>
 struct ProductShape : WarpGrid<kRows, kColumns, kWarpsM, kWarpsN> {
@@ -40,7 +40,7 @@ struct ProductTiles {
 
 template <class Shape, class Product>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
-    product_kernel(Product product, int64_t tiles_m, int64_t tiles_n, int64_t steps_each) {
+    expanded_product_kernel(Product product, int64_t tiles_m, int64_t tiles_n, int64_t steps_each) {
   using T = typename Shape::Type;
   using Tiles = ProductTiles<Shape, Product>;
   using Expanded = ExpandedTile<typename Tiles::B, Shape::kThreads, T>;
@@ -116,7 +116,7 @@ template <class Shape, int kStride, class Output>
 __device__ __forceinline__ void store_output(const Output& to, const float* sums, int64_t m0,
                                              int64_t n0, int64_t part) {
   each_piece_of_sums<Shape, kStride, kPair>(sums, [&](int row, int column, const float* at) {
-    const int count = m0 + row < to.rows ? inside<kPair>(n0 + column, to.columns) : 0;
+    const int count = m0 + row < to.rows ? elements_inside<kPair>(n0 + column, to.columns) : 0;
     float values[kPair] = {at[0], at[1]};
     if (count) to.write(m0 + row, n0 + column, count, values, part);
   });
@@ -177,4 +177,4 @@ struct GradValuesProduct {
   }
 };
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

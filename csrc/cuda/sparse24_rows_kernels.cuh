@@ -5,7 +5,7 @@
 
 #include "sparse24_tiles.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 constexpr int kRowsOutputs = 4;  // of a warp: each input it reads serves as many
 constexpr int kRowsWarps = 8;
@@ -59,4 +59,4 @@ __global__ void __launch_bounds__(kRowsWarps* kWarp)
   }
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

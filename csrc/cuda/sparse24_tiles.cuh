@@ -6,7 +6,7 @@
 #include "mma_tile.cuh"
 #include "sparse24_pack_kernels.cuh"
 
-namespace recsparse {
+namespace recsparse::sparse24 {
 
 constexpr int kSumThreads = 256;
 
@@ -179,4 +179,4 @@ __device__ __forceinline__ TileAt tile_of_block(int64_t block, int64_t tiles_m, 
   return {first + in_group % down, in_group / down};
 }
 
-}  // namespace recsparse
+}  // namespace recsparse::sparse24

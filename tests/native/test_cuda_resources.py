@@ -24,6 +24,18 @@ HOT = {
     "pieces_kernel": (),
     "join_kernel": (),
     "product_kernel": (),
+    "sparse_linear_kernel": ("HMMA.SP",),
+    "linear_rows_kernel": (),
+    "expanded_product_kernel": (),
+    "prune_kernel": (),
+    "transposable_kernel": (),
+    "compress_kernel": (),
+    "gather_kernel": (),
+    "decompress_kernel": (),
+    "forward_kernel": (),
+    "backward_kernel": (),
+    "segments_kernel": (),
+    "fields_kernel": (),
 }
 
 
