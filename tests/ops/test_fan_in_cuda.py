@@ -14,7 +14,9 @@ from recsparse_kernels.reference import fan_in as reference
 from recsparse_kernels.testing import assert_close, backends
 from recsparse_kernels.testing.fan_in import make_case
 
-pytestmark = pytest.mark.skipif("cuda" not in backends("fan_in_linear"), reason="_cuda_on_cpu.so is not built")
+pytestmark = pytest.mark.skipif(
+    "cuda" not in backends("fan_in_linear"), reason="_cuda_on_cpu.so is not built"
+)
 
 
 @pytest.fixture
@@ -86,7 +88,9 @@ def test_unchecked_indices_read_zero(group_size, unchecked):
     zero.weight[(bad.indices.shape[0] - 1) * group_size :, 2] = 0
     grad = torch.randn(3, 40, generator=torch.Generator().manual_seed(1))
     options = dict(group_size=group_size, backend="cuda")
-    torch.testing.assert_close(ops.fan_in_linear(*bad.layer, **options), ops.fan_in_linear(*zero.layer, **options))
+    torch.testing.assert_close(
+        ops.fan_in_linear(*bad.layer, **options), ops.fan_in_linear(*zero.layer, **options)
+    )
     for one, other in ((bad, zero),):
         pair = [
             fan_in_ops.LINEAR_GRAD_INPUT(grad, c.weight, c.indices, 10, group_size, backend="cuda")
