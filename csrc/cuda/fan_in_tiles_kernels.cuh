@@ -219,6 +219,7 @@ __device__ __forceinline__ void gather_inputs(T* tile, int tile_pitch, const Fan
 // ---- logits by group ----
 
 constexpr int kGroupThreads = 128;  // four warps, side by side along the rows
+constexpr int kGroupBlocks = 4;     // 128 registers each: for more blocks ptxas would spill
 
 template <class T, int kM, int kN>
 struct GroupTile {
@@ -234,7 +235,7 @@ struct GroupTile {
 
 // One block: one tile of labels x kRows rows; the rows of a tile run side by side.
 template <class T, int kM, int kN, class Epilogue>
-__global__ void __launch_bounds__(kGroupThreads)
+__global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
     group_logits_kernel(FanInLayer<T> layer, int64_t first_tile, int across, Epilogue epilogue) {
   using Tile = GroupTile<T, kM, kN>;
   const int64_t tile = first_tile + blockIdx.x / across;
@@ -283,7 +284,8 @@ __global__ void __launch_bounds__(kGroupThreads)
 // ---- logits by label ----
 
 constexpr int kLabelThreads = 256;
-constexpr int kEntries = 8;  // of a label, whose loads are in flight at once
+constexpr int kLabelBlocks = 2;  // 128 registers each, likewise
+constexpr int kEntries = 8;      // of a label, whose loads are in flight at once
 
 // The weights and columns of entries [f, f + 8) of a label.
 template <class T>
@@ -333,7 +335,7 @@ struct Entries {
 // One block: tiles of labels, `stride` apart, of one slice of rows. `lanes` hold the slice's rows,
 // 16 bytes each, for one label.
 template <class T, bool kInShared, class Epilogue>
-__global__ void __launch_bounds__(kLabelThreads)
+__global__ void __launch_bounds__(kLabelThreads, kLabelBlocks)
     label_logits_kernel(FanInLayer<T> layer, int64_t first_tile, int64_t tiles, int lanes,
                         int across, Epilogue epilogue) {
   constexpr int kVector = kPackOf16Bytes<T>;
