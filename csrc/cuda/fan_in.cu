@@ -1,8 +1,8 @@
-// Fixed fan-in linear on CUDA: the layer, its gradients, the optimizer step fused into the weight's.
+// Fixed fan-in linear on CUDA: the layer, its gradients, the optimizer step fused into the
+// weight's.
 //   output[b, o] = sum_f weight[o, f] * input[b, indices[o / G, f]] + bias[o]
 //   input [B, I]   weight [O, F]   indices [ceil(O / G), F]   bias [O]   output [B, O]
 #include "../fan_in.h"
-
 #include "fan_in_launch.h"
 #include "fan_in_step.h"
 
@@ -117,8 +117,7 @@ void fan_in_linear_update(const Tensor& grad_output, const Tensor& input, const 
   with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const FanInTiles<T> tiles(stream, size, &x, nullptr, columns, nullptr);
-    const auto endings =
-        step_endings<T>(stream, arguments, weight, bias, state, nullptr, 1.0f);
+    const auto endings = step_endings<T>(stream, arguments, weight, bias, state, nullptr, 1.0f);
     grad_weight<T>(stream, tiles, g, bytes_of(g) + bytes_of(weight) + bytes_of(columns), endings);
   });
 }

@@ -65,14 +65,14 @@ InputGradient<T>::InputGradient(const Stream& stream, const FanInTiles<T>& tiles
   const int64_t set = std::max<int64_t>(1, layer.in_features * layer.pitch * 4);
   const int64_t affordable = 1 + budget / set;
   const auto bytes = [&](int64_t slice) {
-    const int64_t stage = tiles.m() == 1 ? GroupInputStage<T, 1>::bytes(slice)
-                                         : GroupInputStage<T, 2>::bytes(slice);
+    const int64_t stage =
+        tiles.m() == 1 ? GroupInputStage<T, 1>::bytes(slice) : GroupInputStage<T, 2>::bytes(slice);
     return layer.in_features * slice * 4 + 2 * stage;
   };
   if (tiles.grouped()) {
     slice_ = 64;
-    while (slice_ >= 8 && (bytes(slice_) > stream.max_shared_bytes() ||
-                           (slice_ > 8 && slice_ / 2 >= layer.pitch)))
+    while (slice_ >= 8 &&
+           (bytes(slice_) > stream.max_shared_bytes() || (slice_ > 8 && slice_ / 2 >= layer.pitch)))
       slice_ /= 2;
     if (slice_ < 8) slice_ = 0;
   }
@@ -83,8 +83,8 @@ InputGradient<T>::InputGradient(const Stream& stream, const FanInTiles<T>& tiles
                                  std::min(affordable, most_tiles));
   } else {
     const int64_t sums = std::max<int64_t>(
-        1, layer.in_features *
-               ceil_div(layer.pitch, row_lanes<T>(layer.pitch) * kPackOf16Bytes<T>));
+        1,
+        layer.in_features * ceil_div(layer.pitch, row_lanes<T>(layer.pitch) * kPackOf16Bytes<T>));
     const int64_t rows = ceil_div(most_labels, layer.group_size) + 1, entries = rows * layer.fan_in;
     const int64_t length = entries / std::max<int64_t>(1, layer.in_features);
     slabs_ = std::clamp<int64_t>(std::min(kWantedSums / sums, length / kMinPart), 1,
@@ -118,8 +118,7 @@ void InputGradient<T>::add(const FanInChunk& chunk, const T* grad) {
     const int64_t rows = ceil_div(chunk.first_label + chunk.labels, layer.group_size) - row;
     const int64_t entries = rows * layer.fan_in;
     launch(stream_, "fan_in_entry_keys", entry_keys_kernel<T>, {ceil_div(entries, kLabelThreads)},
-           {kLabelThreads}, 0, layer, row * layer.fan_in, entries, keys_->get(),
-           positions_->get());
+           {kLabelThreads}, 0, layer, row * layer.fan_in, entries, keys_->get(), positions_->get());
     sort_pairs(stream_, keys_->get(), sorted_keys_->get(), positions_->get(),
                sorted_positions_->get(), entries, std::bit_width(uint64_t(layer.in_features)));
     const int lanes = row_lanes<T>(layer.pitch);
@@ -134,8 +133,7 @@ void InputGradient<T>::add(const FanInChunk& chunk, const T* grad) {
 }
 
 template <class T>
-void InputGradient<T>::write(const Tensor& grad_input, const float* grad_loss,
-                             float factor) const {
+void InputGradient<T>::write(const Tensor& grad_input, const float* grad_loss, float factor) const {
   const FanInLayer<T>& layer = tiles_.layer();
   launch(stream_, "fan_in_reduce_slabs", reduce_slabs_kernel<T>,
          {ceil_div(layer.batch, kTransposeTile) * ceil_div(layer.in_features, kTransposeTile)},
@@ -144,9 +142,9 @@ void InputGradient<T>::write(const Tensor& grad_input, const float* grad_loss,
          factor, mutable_data<T>(stream_, grad_input));
 }
 
-#define RS_INSTANTIATE(T)                                                                     \
-  template void end_gradients<T>(const Stream&, const FanInTiles<T>&, const FanInChunk&,      \
-                                 const T*, const Ending<T>&, const std::optional<Ending<T>>&); \
+#define RS_INSTANTIATE(T)                                                                          \
+  template void end_gradients<T>(const Stream&, const FanInTiles<T>&, const FanInChunk&, const T*, \
+                                 const Ending<T>&, const std::optional<Ending<T>>&);               \
   template class InputGradient<T>;
 RS_INSTANTIATE(float)
 RS_INSTANTIATE(bf16)

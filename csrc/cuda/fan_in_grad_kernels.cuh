@@ -1,7 +1,8 @@
 // Gradients of fixed fan-in layers on CUDA, from that of the logits of a chunk of labels,
 // grad [labels, pitch] with the rows of the batch innermost, zeros from B on.
-//   grad_weight[o, f] = sum_b grad[o, b] * input[b, indices[o / G, f]]    grad_bias[o] = sum_b grad[o, b]
-//   grad_input[b, i] = sum over (o, f) with indices[o / G, f] = i of grad[o, b] * weight[o, f]
+//   grad_weight[o, f] = sum_b grad[o, b] * input[b, indices[o / G, f]]    grad_bias[o] = sum_b
+//   grad[o, b] grad_input[b, i] = sum over (o, f) with indices[o / G, f] = i of grad[o, b] *
+//   weight[o, f]
 // One thread owns each sum, in an order that the sizes alone decide; nothing is added atomically.
 // A gradient of the weight is stored, or used at once by an optimizer (Ending).
 #pragma once
@@ -22,7 +23,7 @@ __device__ __forceinline__ uint32_t mix_32(uint32_t x) {
 
 template <class T>
 struct Ending {
-  T* out = nullptr;       // the parameter, or where its gradient is stored
+  T* out = nullptr;        // the parameter, or where its gradient is stored
   float* first = nullptr;  // moments
   float* second = nullptr;
   int64_t number = 0;  // of the tensor's first element, in the stochastic rounding
@@ -71,8 +72,8 @@ struct Ending {
   __device__ float round_stochastically(float w, int64_t element) const {
     const uint32_t bits = __float_as_uint(w);
     if ((bits & 0x7f800000u) == 0x7f800000u) return w;
-    const uint32_t x =
-        mix_32(mix_32(uint32_t(element) ^ key_low) + (uint32_t(uint64_t(element) >> 32) ^ key_high));
+    const uint32_t x = mix_32(mix_32(uint32_t(element) ^ key_low) +
+                              (uint32_t(uint64_t(element) >> 32) ^ key_high));
     return __uint_as_float((bits + (x >> 16)) & 0xffff0000u);
   }
 };
@@ -236,7 +237,8 @@ __global__ void group_grad_input_kernel(FanInLayer<T> layer, const T* grad, int6
       const int64_t f0 = item % steps * kInputChunk;
       // twice the column, plus one if another of its eight is the same
       for (int f = int(threadIdx.x); f < kInputChunk; f += int(blockDim.x)) {
-        const int column = f0 + f < layer.fan_in ? layer.column(at.row * layer.fan_in + f0 + f) : -1;
+        const int column =
+            f0 + f < layer.fan_in ? layer.column(at.row * layer.fan_in + f0 + f) : -1;
         bool same = false;
 #pragma unroll
         for (int s = 1; s < 8; ++s) same |= __shfl_xor_sync(kAllLanes, column, s) == column;
@@ -393,7 +395,8 @@ __global__ void reduce_slabs_kernel(const float* partial, int64_t slabs, int64_t
                                     float factor, T* grad_input) {
   RS_SHARED(float, tile, [kTransposeTile][kTransposeTile + 1]);
   const int64_t across = ceil_div(batch, kTransposeTile);
-  const int64_t b0 = blockIdx.x % across * kTransposeTile, i0 = blockIdx.x / across * kTransposeTile;
+  const int64_t b0 = blockIdx.x % across * kTransposeTile,
+                i0 = blockIdx.x / across * kTransposeTile;
   const int x = int(threadIdx.x), y = int(threadIdx.y);
   const float scale = grad_loss ? *grad_loss * factor : factor;
   for (int j = y; j < kTransposeTile; j += kTransposeRows) {

@@ -22,8 +22,9 @@ inline int64_t bytes_of(const Tensor& t) { return t.numel() * int64_t(t.element_
 
 // Scratch of a chunk of labels: no more than inputs and outputs hold, and little enough to stay in
 // the GPU's L2 between the kernels of a chunk.
-constexpr int64_t kMinScratchBytes = 1 << 20, kMaxScratchBytes = 1 << 25;
-constexpr int64_t kMaxSortedEntries = 1 << 22;  // indices sorted at once: by 10 or so bits, in about as long as a chunk takes
+constexpr int64_t kMinScratchBytes = 1 << 16, kMaxScratchBytes = 1 << 25;
+constexpr int64_t kMaxSortedEntries =
+    1 << 22;  // indices sorted at once: by 10 or so bits, in about as long as a chunk takes
 
 template <class T>
 int64_t padded_rows(int64_t batch) {
@@ -48,8 +49,8 @@ struct FanInChunk {
 template <class T>
 class FanInTiles {
  public:
-  FanInTiles(const Stream& stream, const FanInSizes& size, const Tensor* input, const Tensor* weight,
-             const Tensor& indices, const Tensor* bias)
+  FanInTiles(const Stream& stream, const FanInSizes& size, const Tensor* input,
+             const Tensor* weight, const Tensor& indices, const Tensor* bias)
       : stream_(stream),
         grouped_(size.group_size >= kGroupedFrom),
         x_(stream, input ? size.in_features * padded_rows<T>(size.batch) : 0) {
@@ -79,8 +80,8 @@ class FanInTiles {
       layer_.tiles_of_group = ceil_div(size.group_size, layer_.labels_of_tile);
       across_ = ceil_div(size.batch, 32 * n_);
     } else {
-      lanes_ = int(std::min<int64_t>(8, std::bit_ceil(uint64_t(
-                                            std::max<int64_t>(1, layer_.pitch / kVector)))));
+      lanes_ = int(std::min<int64_t>(
+          8, std::bit_ceil(uint64_t(std::max<int64_t>(1, layer_.pitch / kVector)))));
       const int64_t left = stream.max_shared_bytes() - result_bytes(8) - 1024;
       int lanes = lanes_;
       while (lanes > 1 && slice_bytes(lanes) > left) lanes /= 2;
@@ -124,8 +125,8 @@ class FanInTiles {
     const int64_t labels = budget / std::max<int64_t>(1, layer_.pitch * int64_t(sizeof(T)));
     // 16 bytes for each entry that is sorted
     const int64_t entries = std::min(kMaxSortedEntries, budget / 16);
-    return chunks(std::min(labels, entries / std::max<int64_t>(1, layer_.fan_in) *
-                                       layer_.group_size));
+    return chunks(
+        std::min(labels, entries / std::max<int64_t>(1, layer_.fan_in) * layer_.group_size));
   }
   static int64_t most_labels(const std::vector<FanInChunk>& chunks) {
     int64_t most = 0;

@@ -38,8 +38,7 @@ LossArguments check_loss(const Tensor& input, const Tensor& weight, const Tensor
   const int64_t count = reduction == 0   ? size.batch * size.out_features
                         : reduction == 1 ? 1
                                          : size.batch;
-  return {size, int(kind),
-          count ? 1.0 / double(count) : std::numeric_limits<double>::quiet_NaN()};
+  return {size, int(kind), count ? 1.0 / double(count) : std::numeric_limits<double>::quiet_NaN()};
 }
 
 const float* scalar(const Stream& stream, const Tensor& t) {
@@ -188,10 +187,12 @@ Tensor fan_in_loss(const Tensor& input, const Tensor& weight, const Tensor& indi
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> fan_in_loss_grad(
-    const Tensor& grad_loss, const Tensor& input, const Tensor& weight, const Tensor& indices,
-    const MaybeTensor& bias, const Tensor& offsets, const Tensor& labels, int64_t kind,
-    int64_t reduction, int64_t group_size, bool input_grad, bool weight_grad) {
+std::tuple<Tensor, Tensor, Tensor> fan_in_loss_grad(const Tensor& grad_loss, const Tensor& input,
+                                                    const Tensor& weight, const Tensor& indices,
+                                                    const MaybeTensor& bias, const Tensor& offsets,
+                                                    const Tensor& labels, int64_t kind,
+                                                    int64_t reduction, int64_t group_size,
+                                                    bool input_grad, bool weight_grad) {
   const LossArguments loss =
       check_loss(input, weight, indices, bias, offsets, labels, kind, reduction, group_size);
   const FanInSizes& size = loss.size;
@@ -202,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> fan_in_loss_grad(
       checked_indices(stream, "indices", contiguous(indices), size.in_features, "");
   const MaybeTensor offset = contiguous_or_none(bias);
   const bool bias_grad = weight_grad && bias;
-  Tensor grad_input = input_grad ? new_empty(input, {size.batch, size.in_features})
-                                 : new_empty(input, {0});
+  Tensor grad_input =
+      input_grad ? new_empty(input, {size.batch, size.in_features}) : new_empty(input, {0});
   Tensor grad_weight =
       weight_grad ? new_empty(weight, {size.out_features, size.fan_in}) : new_empty(weight, {0});
   Tensor grad_bias = bias_grad ? new_empty(weight, {size.out_features}) : new_empty(weight, {0});
@@ -248,8 +249,8 @@ std::tuple<Tensor, Tensor> fan_in_loss_step(
   const Tensor columns =
       checked_indices(stream, "indices", contiguous(indices), size.in_features, "");
   Tensor result = scalar_tensor(input);
-  Tensor grad_input = input_grad ? new_empty(input, {size.batch, size.in_features})
-                                 : new_empty(input, {0});
+  Tensor grad_input =
+      input_grad ? new_empty(input, {size.batch, size.in_features}) : new_empty(input, {0});
   with_float_type(input.scalar_type(), "input", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const float factor = grad_factor<T>(loss);

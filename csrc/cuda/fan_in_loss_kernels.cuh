@@ -59,7 +59,7 @@ struct LossTerms {
   }
 };
 
-__global__ inline void clear_words_kernel(uint32_t* words, int64_t count) {
+static __global__ void clear_words_kernel(uint32_t* words, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kLabelThreads + threadIdx.x;
   if (i < count) words[i] = 0;
 }
@@ -88,7 +88,7 @@ __global__ void mark_positives_kernel(const Offset* offsets, const Label* labels
 }
 
 // loss = factor * sum of the tiles' sums. One block.
-__global__ inline void sum_losses_kernel(const double* sums, int64_t count, double factor,
+static __global__ void sum_losses_kernel(const double* sums, int64_t count, double factor,
                                          float* loss) {
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];

@@ -10,7 +10,8 @@
 namespace recsparse {
 namespace {
 
-constexpr int64_t kMaxBlocks = 2048;  // of the histogram: enough to fill any GPU, the rest is a loop
+constexpr int64_t kMaxBlocks =
+    2048;  // of the histogram: enough to fill any GPU, the rest is a loop
 
 enum Criterion : int64_t { kThreshold = 0, kFraction = 1 };
 enum Scope : int64_t { kLayer = 0, kRow = 1 };

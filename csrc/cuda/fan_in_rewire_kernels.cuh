@@ -2,8 +2,8 @@
 // as many at random inputs. Scores, ties and random numbers: reference/fan_in.py, bit for bit.
 //   limit    "the n smallest of the layer": a radix select, 8 bits at a time, over the keys
 //            score bits (31) | random tie (32); a float >= 0 orders as its bits do
-//   drop     which connections go: below the threshold, before the limit, or the n smallest of a row
-//   regrow   one block a row: draws in rounds until no two connections read the same input
+//   drop     which connections go: below the threshold, before the limit, or the n smallest of a
+//   row regrow   one block a row: draws in rounds until no two connections read the same input
 //   reset    weights and moments of what was dropped
 #pragma once
 
@@ -47,7 +47,7 @@ struct RewireLimit {
   int64_t rank;
 };
 
-__global__ inline void begin_limit_kernel(int64_t rank, RewireLimit* limit,
+static __global__ void begin_limit_kernel(int64_t rank, RewireLimit* limit,
                                           unsigned long long* bins) {
   bins[threadIdx.x] = 0;
   if (threadIdx.x == 0) *limit = {0, rank};
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kRewireThreads)
 }
 
 // The digit that holds the limit's rank; the bins are cleared. One block of 256.
-__global__ inline void limit_digit_kernel(RewireLimit* limit, unsigned long long* bins, int shift) {
+static __global__ void limit_digit_kernel(RewireLimit* limit, unsigned long long* bins, int shift) {
   if (threadIdx.x == 0) {
     int64_t left = limit->rank;
     int digit = 0;
@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kRowThreads)
       keys[threadIdx.x] = e < fan_in ? connections.order(first + e) : ~uint64_t(0);
       __syncthreads();
       const int here = int(min(int64_t(kRowThreads), fan_in - e0));
-      for (int j = 0; j < here; ++j)
-        before += keys[j] < own || (keys[j] == own && e0 + j < f);
+      for (int j = 0; j < here; ++j) before += keys[j] < own || (keys[j] == own && e0 + j < f);
     }
     if (f < fan_in) dropped[first + f] = before < count;
   }
@@ -230,7 +229,7 @@ __global__ void __launch_bounds__(kRewireThreads)
 }
 
 // total = how many were dropped. One block.
-__global__ inline void count_dropped_kernel(const int8_t* dropped, int64_t count, int64_t* total) {
+static __global__ void count_dropped_kernel(const int8_t* dropped, int64_t count, int64_t* total) {
   int64_t sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += dropped[i];
   sum = block_sum(sum);

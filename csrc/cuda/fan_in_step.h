@@ -60,8 +60,8 @@ Endings<T> step_endings(const Stream& stream, const FanInStep& step, const Tenso
   ending.kind = int(step.optimizer);
   ending.moments = int(step.moments());
   ending.lr = float(adam ? step.lr / bias_correction(step.beta1, step.step) : step.lr);
-  ending.decay = float(step.optimizer == kEndAdamW ? 1.0 - step.lr * step.weight_decay
-                                                   : step.weight_decay);
+  ending.decay =
+      float(step.optimizer == kEndAdamW ? 1.0 - step.lr * step.weight_decay : step.weight_decay);
   ending.beta1 = float(step.beta1);
   ending.beta2 = float(step.beta2);
   ending.rest1 = float(1.0 - step.beta1);

@@ -2,7 +2,8 @@
 //   z[o, b] = sum_f weight[o, f] * input[b, indices[o / G, f]] + bias[o]
 // Tiles are labels x rows. The input is transposed first, x [I, pitch] with the rows innermost, so
 // that what one index asks for is contiguous; rows [B, pitch) are zero. Two ways to a tile:
-//   by label   G < 8: lanes hold 16 bytes of rows each, for one label; x lies in shared memory where
+//   by label   G < 8: lanes hold 16 bytes of rows each, for one label; x lies in shared memory
+//   where
 //              it fits
 //   by group   G >= 8: the inputs of a group are gathered into shared memory once, then multiplied
 //              on tensor cores with [labels of the group, F] (float32 by fused multiply-adds)
@@ -17,7 +18,8 @@
 
 namespace recsparse {
 
-constexpr int64_t kGroupedFrom = 8;  // labels of a group from which half-empty tiles of 16 still win
+constexpr int64_t kGroupedFrom =
+    8;  // labels of a group from which half-empty tiles of 16 still win
 
 template <class T>
 struct FanInLayer {
@@ -67,8 +69,9 @@ constexpr int kPad = 16 / int(sizeof(T));  // added to a row, so that eight rows
 template <class T>
 constexpr int kStep = sizeof(T) == 2 ? 64 : 32;  // of the reduction, a stage of the pipeline
 
-// acc[m][n] += A B, 16 steps deep. A(m, k) is a[m][k], or a[k][m] if transposed; B(k, n) is b[k][n],
-// or b[n][k] if transposed. Fragments as mma m16n8k16 has them (ptx.h); float32 in the same places.
+// acc[m][n] += A B, 16 steps deep. A(m, k) is a[m][k], or a[k][m] if transposed; B(k, n) is
+// b[k][n], or b[n][k] if transposed. Fragments as mma m16n8k16 has them (ptx.h); float32 in the
+// same places.
 template <class T, bool kTransposedA, bool kTransposedB, int kM, int kN>
 __device__ __forceinline__ void multiply_16(float (&acc)[kM][kN][4], const T* a, int a_pitch,
                                             const T* b, int b_pitch) {
@@ -77,7 +80,7 @@ __device__ __forceinline__ void multiply_16(float (&acc)[kM][kN][4], const T* a,
     const int i = lane / 8, j = lane % 8;
     uint32_t fragments[kN][2];
     if constexpr (kN == 1) {
-      uint32_t (&r)[2] = fragments[0];
+      uint32_t(&r)[2] = fragments[0];
       const int k = i % 2 * 8;
       if constexpr (kTransposedB) {
         ldmatrix_x2(r, b + j * b_pitch + k);
@@ -216,6 +219,7 @@ __device__ __forceinline__ void gather_inputs(T* tile, int tile_pitch, const Fan
 // ---- logits by group ----
 
 constexpr int kGroupThreads = 128;  // four warps, side by side along the rows
+constexpr int kGroupBlocks = 4;     // 128 registers each: for more blocks ptxas would spill
 
 template <class T, int kM, int kN>
 struct GroupTile {
@@ -231,24 +235,22 @@ struct GroupTile {
 
 // One block: one tile of labels x kRows rows; the rows of a tile run side by side.
 template <class T, int kM, int kN, class Epilogue>
-__global__ void __launch_bounds__(kGroupThreads)
+__global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
     group_logits_kernel(FanInLayer<T> layer, int64_t first_tile, int across, Epilogue epilogue) {
   using Tile = GroupTile<T, kM, kN>;
   const int64_t tile = first_tile + blockIdx.x / across;
   const int64_t first_row = int64_t(blockIdx.x % across) * Tile::kRows;
   const TileLabels at = labels_of(layer, tile, true);
   T* memory = dynamic_shared<T>();
-  const auto inputs = [&](int stage) {
-    return memory + stage * (Tile::kInputs + Tile::kWeights);
-  };
+  const auto inputs = [&](int stage) { return memory + stage * (Tile::kInputs + Tile::kWeights); };
   const auto fetch = [&](int64_t f0, int stage) {
     if (f0 < layer.fan_in) {
       gather_inputs<T, kStep<T>, Tile::kRows>(inputs(stage), Tile::kRowPitch, layer, at.row, f0,
                                               first_row);
-      fetch_tile<T, Tile::kLabels, kStep<T>>(
-          inputs(stage) + Tile::kInputs, Tile::kStepPitch,
-          layer.weight + at.first * layer.fan_in + f0, layer.fan_in, at.count, layer.fan_in - f0,
-          layer.vectors);
+      fetch_tile<T, Tile::kLabels, kStep<T>>(inputs(stage) + Tile::kInputs, Tile::kStepPitch,
+                                             layer.weight + at.first * layer.fan_in + f0,
+                                             layer.fan_in, at.count, layer.fan_in - f0,
+                                             layer.vectors);
     }
     cp_async_commit();
   };
@@ -282,7 +284,8 @@ __global__ void __launch_bounds__(kGroupThreads)
 // ---- logits by label ----
 
 constexpr int kLabelThreads = 256;
-constexpr int kEntries = 8;  // of a label, whose loads are in flight at once
+constexpr int kLabelBlocks = 2;  // 128 registers each, likewise
+constexpr int kEntries = 8;      // of a label, whose loads are in flight at once
 
 // The weights and columns of entries [f, f + 8) of a label.
 template <class T>
@@ -332,7 +335,7 @@ struct Entries {
 // One block: tiles of labels, `stride` apart, of one slice of rows. `lanes` hold the slice's rows,
 // 16 bytes each, for one label.
 template <class T, bool kInShared, class Epilogue>
-__global__ void __launch_bounds__(kLabelThreads)
+__global__ void __launch_bounds__(kLabelThreads, kLabelBlocks)
     label_logits_kernel(FanInLayer<T> layer, int64_t first_tile, int64_t tiles, int lanes,
                         int across, Epilogue epilogue) {
   constexpr int kVector = kPackOf16Bytes<T>;
@@ -421,7 +424,8 @@ __global__ void transpose_kernel(const T* in, int64_t rows, int64_t in_pitch, in
                                  int64_t columns, T* out, int64_t pitch) {
   RS_SHARED(T, tile, [kTransposeTile][kTransposeTile + 1]);
   const int64_t across = ceil_div(pitch, kTransposeTile);
-  const int64_t r0 = blockIdx.x % across * kTransposeTile, c0 = blockIdx.x / across * kTransposeTile;
+  const int64_t r0 = blockIdx.x % across * kTransposeTile,
+                c0 = blockIdx.x / across * kTransposeTile;
   const int x = int(threadIdx.x), y = int(threadIdx.y);
   for (int j = y; j < kTransposeTile; j += kTransposeRows) {
     const int64_t r = r0 + j, c = c0 + x;

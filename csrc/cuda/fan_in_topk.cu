@@ -138,10 +138,10 @@ Tensor fan_in_score_grad_input(const Tensor& grad_output, const Tensor& weight,
   Tensor grad_input = new_empty(grad_output, {size.batch, in_features});
   if (grad_input.numel() == 0) return grad_input;
   // rows of the batch at once: their entries are sorted by (row, input)
-  const int64_t rows = std::clamp<int64_t>(
-      std::min(kMaxSortedEntries / std::max<int64_t>(1, of_row_entries),
-               (int64_t(1) << 31) / in_features),
-      1, size.batch);
+  const int64_t rows =
+      std::clamp<int64_t>(std::min(kMaxSortedEntries / std::max<int64_t>(1, of_row_entries),
+                                   (int64_t(1) << 31) / in_features),
+                          1, size.batch);
   with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_index_type(labels.scalar_type(), "candidates", [&](auto label_tag) {
@@ -165,8 +165,7 @@ Tensor fan_in_score_grad_input(const Tensor& grad_output, const Tensor& weight,
                {ceil_div(sums, kLabelThreads)}, {kLabelThreads}, 0, tiles.layer(),
                grad + begin * of_row, chosen + begin * of_row,
                static_cast<const uint32_t*>(sorted_keys.get()),
-               static_cast<const int32_t*>(sorted.get()), entries, sums,
-               out + begin * in_features);
+               static_cast<const int32_t*>(sorted.get()), entries, sums, out + begin * in_features);
       }
     });
   });

@@ -47,7 +47,7 @@ constexpr int kSelectThreads = 512;
 
 // One block: a row. Radix select from the highest byte down, then the keys from the limit on, in no
 // order. At least k keys are not 0.
-__global__ inline void __launch_bounds__(kSelectThreads)
+static __global__ void __launch_bounds__(kSelectThreads)
     select_keys_kernel(const uint64_t* keys, int64_t columns, int64_t count, int64_t k,
                        uint64_t* selected, int64_t selected_pitch) {
   RS_SHARED(int, bins, [256]);
@@ -91,10 +91,11 @@ __global__ inline void __launch_bounds__(kSelectThreads)
 }
 
 // to[row][i] = from[row][i], i < columns.
-__global__ inline void copy_rows_kernel(const uint64_t* from, int64_t from_pitch, int64_t columns,
+static __global__ void copy_rows_kernel(const uint64_t* from, int64_t from_pitch, int64_t columns,
                                         int64_t count, uint64_t* to, int64_t to_pitch) {
   const int64_t i = int64_t(blockIdx.x) * kLabelThreads + threadIdx.x;
-  if (i < count) to[i / columns * to_pitch + i % columns] = from[i / columns * from_pitch + i % columns];
+  if (i < count)
+    to[i / columns * to_pitch + i % columns] = from[i / columns * from_pitch + i % columns];
 }
 
 // values, labels[rank] = those of each key, whose rank is how many are larger. One block: 256 keys
@@ -163,8 +164,7 @@ __global__ void __launch_bounds__(kLabelThreads)
   if (pair >= pairs) return;  // a whole warp
   const int64_t label = int64_t(candidates[pair]);
   const bool inside = label >= 0 && label < layer.out_features;
-  const float z =
-      inside ? logit(layer, input + pair / of_row * layer.in_features, label) : 0.0f;
+  const float z = inside ? logit(layer, input + pair / of_row * layer.in_features, label) : 0.0f;
   if (lane_id() == 0) output[pair] = from_float<T>(z);
 }
 
@@ -181,8 +181,8 @@ __global__ void score_entry_keys_kernel(FanInLayer<T> layer, const Label* candid
   int column = -1;
   if (label >= 0 && label < layer.out_features)
     column = layer.column(label / layer.group_size * layer.fan_in + e % layer.fan_in);
-  keys[e] = uint32_t(column < 0 ? rows * layer.in_features
-                                : pair / of_row * layer.in_features + column);
+  keys[e] =
+      uint32_t(column < 0 ? rows * layer.in_features : pair / of_row * layer.in_features + column);
   positions[e] = int32_t(e);
 }
 

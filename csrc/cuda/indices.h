@@ -14,8 +14,8 @@ namespace recsparse {
 enum class CheckIndices : int64_t { kRaise = 0, kClamp = 1, kNone = 2 };
 CheckIndices check_indices_mode();
 
-// The indices (int16, int32 or int64, contiguous) to use, each in [0, size) unless the mode is none.
-// `what` follows the range in the message.
+// The indices (int16, int32 or int64, contiguous) to use, each in [0, size) unless the mode is
+// none. `what` follows the range in the message.
 Tensor checked_indices(const Stream& stream, const char* name, const Tensor& indices, int64_t size,
                        const char* what = ", the rows of the table");
 

@@ -36,7 +36,15 @@ HOT = {
     "backward_kernel": (),
     "segments_kernel": (),
     "fields_kernel": (),
+    "group_logits_kernel": (),
+    "group_grad_weight_kernel": (),
+    "group_grad_input_kernel": (),
+    "label_logits_kernel": (),
+    "label_grad_weight_kernel": (),
+    "sum_by_input_kernel": (),
 }
+# In 16 bit these are on tensor cores; in float32 by fused multiply-adds, in full precision
+ON_TENSOR_CORES = ["group_logits_kernel", "group_grad_weight_kernel", "group_grad_input_kernel"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +63,13 @@ def test_hot_kernels_do_not_spill(kernels, name):
     for kernel in mine:
         for mnemonic in HOT[name]:
             assert kernel.instructions[mnemonic], f"{kernel.instance} on {kernel.arch} has no {mnemonic}"
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", ON_TENSOR_CORES)
+def test_grouped_kernels_are_on_tensor_cores(kernels, name):
+    mine = [k for k in kernels if k.name == name and "<float" not in k.instance]
+    assert mine and all(k.instructions["HMMA"] for k in mine)
 
 
 @needs_cuobjdump

@@ -12,6 +12,7 @@ from recsparse_kernels.ops import fan_in as fan_in_ops
 from recsparse_kernels.testing import assert_close, backends
 from recsparse_kernels.testing.fan_in import make_case
 
+SLOW = ("triton", "cuda")  # interpreted or modelled: small cases
 native_only = pytest.mark.skipif(not rk.cpu_levels(), reason="the native library is not built")
 OPTIMIZERS = {
     "sgd": (dict(kind="sgd", lr=0.3), torch.optim.SGD),
@@ -37,7 +38,7 @@ def copy_of(case):
 def test_update_equals_torch_optim(name, group_size, backend):
     """Three steps through the loss, one through the linear, against torch.optim in float64."""
     options, torch_optimizer = OPTIMIZERS[name]
-    shape = (21, 40, 150, 11) if backend != "triton" else (5, 12, 70, 7)  # the interpreter is slow
+    shape = (21, 40, 150, 11) if backend not in SLOW else (5, 12, 70, 7)  # the interpreter is slow
     results = []
     for dtype in (torch.float64, torch.float32):
         case = make_case(*shape, group_size)
@@ -108,7 +109,7 @@ def test_fused_gradient_to_the_input(backend):
 @pytest.mark.parametrize("backend", backends("fan_in_loss_step"), indirect=True)
 def test_stochastic_rounding(backend):
     """Unbiased, one of the two neighbours, and a function of seed, step and element alone."""
-    count = 500 if backend == "triton" else 4000  # the interpreter is slow
+    count = 500 if backend in SLOW else 4000  # the interpreter is slow
     case = make_case(1, 8, count, 8)
     weight = torch.full((count, 8), 1.0 + 2**-7 * 0.25).bfloat16()  # 1.0
     grad = torch.ones(1, count).bfloat16()
@@ -252,7 +253,7 @@ REWIRE_LAYERS = [
     for backend in backends("fan_in_rewire")
     for dtype in (torch.float32, torch.bfloat16)
     for group_size in (1, 3, 16)
-    if backend != "triton" or (group_size, dtype) in {(3, torch.float32), (16, torch.bfloat16)}
+    if backend not in SLOW or (group_size, dtype) in {(3, torch.float32), (16, torch.bfloat16)}
 ]
 
 
@@ -260,7 +261,7 @@ REWIRE_LAYERS = [
 @pytest.mark.parametrize("name", REWIRE_CASES)
 def test_rewire(name, group_size, dtype, backend):
     options = REWIRE_CASES[name]
-    labels = 20 if backend == "triton" else 100  # a program for each row of indices: the interpreter is slow
+    labels = 20 if backend in SLOW else 100  # a program for each row of indices: the interpreter is slow
     case = make_case(1, 30, labels, 12, group_size, dtype=dtype, duplicates=False)
     case.weight[::2, ::3] = 0  # many equal scores
     before, moments = copy_of(case), torch.ones(labels, 12)
@@ -349,7 +350,7 @@ def test_rewire_of_a_layer_of_several_slabs():
 
 @pytest.mark.parametrize("backend", backends("fan_in_rewire"), indirect=True)
 def test_rewire_keeps_nan_and_seeds_differ(backend):
-    case = make_case(1, 40, 12 if backend == "triton" else 50, 6, duplicates=False)
+    case = make_case(1, 40, 12 if backend in SLOW else 50, 6, duplicates=False)
     case.weight[3, 2], case.weight[4, 1] = float("nan"), float("inf")
     results = []
     for seed in (1, 1, 2):
