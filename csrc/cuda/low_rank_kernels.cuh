@@ -38,7 +38,7 @@ struct ForwardStages {
 };
 
 template <class Config, class T>
-__global__ void __launch_bounds__(Config::kThreads) forward_kernel(const ForwardArguments<T> p) {
+__global__ void __launch_bounds__(Config::kThreads, 2) forward_kernel(const ForwardArguments<T> p) {
   using Stages = ForwardStages<Config, T>;
   using MidTile = typename Config::MidTile;
   constexpr int kThreads = Config::kThreads, kDepth = Stages::kDepth, kRing = Stages::kStages;
