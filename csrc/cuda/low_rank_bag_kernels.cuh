@@ -119,7 +119,7 @@ struct BagMemory {
 
 // One block: kRows bags, pooled and projected.
 template <class Config, class T>
-__global__ void __launch_bounds__(Config::kThreads) bag_kernel(const BagArguments<T> p) {
+__global__ void __launch_bounds__(Config::kThreads, 2) bag_kernel(const BagArguments<T> p) {
   using Memory = BagMemory<Config>;
   using MidTile = typename Config::MidTile;
   constexpr int kPiece = kPackOf16Bytes<T>;

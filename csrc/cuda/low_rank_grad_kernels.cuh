@@ -48,7 +48,8 @@ struct BackwardStages {
 };
 
 template <class Config, class T>
-__global__ void __launch_bounds__(Config::kThreads) backward_kernel(const BackwardArguments<T> p) {
+__global__ void __launch_bounds__(Config::kThreads, 2)
+    backward_kernel(const BackwardArguments<T> p) {
   using Stages = BackwardStages<Config, T>;
   using MidTile = typename Config::MidTile;
   using GradTile = typename Stages::GradTile;
