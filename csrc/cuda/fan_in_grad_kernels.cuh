@@ -312,7 +312,7 @@ __global__ void group_grad_input_kernel(FanInLayer<T> layer, const T* grad, int6
 // ---- input, by label: entries sorted by input ----
 
 constexpr int kSumThreads = 128;
-constexpr int kSumBlocks = 8;  // 64 registers each: for more blocks ptxas would spill
+constexpr int kSumBlocks = 6;  // 80 registers each: for more blocks ptxas would spill
 
 // keys[e] = the input of entry e, in_features where there is none; positions[e] = e.
 template <class T>
