@@ -312,6 +312,7 @@ __global__ void group_grad_input_kernel(FanInLayer<T> layer, const T* grad, int6
 // ---- input, by label: entries sorted by input ----
 
 constexpr int kSumThreads = 128;
+constexpr int kSumBlocks = 6;  // 80 registers each: for more blocks ptxas would spill
 
 // keys[e] = the input of entry e, in_features where there is none; positions[e] = e.
 template <class T>
@@ -342,7 +343,7 @@ __device__ __forceinline__ int64_t lower_bound(const Key* keys, int64_t count, K
 // One block: an input x a part of its entries x a slice of rows. Threads that hold the same rows
 // take every so-manieth entry, and are summed in the end.
 template <class T>
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     sum_by_input_kernel(FanInLayer<T> layer, const T* grad, int64_t first_label, int64_t labels,
                         const uint32_t* keys, const int32_t* positions, int64_t entries,
                         int64_t parts, int lanes, int across, bool fresh, float* partial) {
