@@ -7,7 +7,7 @@ if not hasattr(torch.ops.recsparse_cuda_on_cpu, "probe"):  # loaded by tests/con
     pytest.skip("built by cmake -DRECSPARSE_TESTS=ON (make test does)", allow_module_level=True)
 
 ops = torch.ops.recsparse_cuda_on_cpu
-REVERSE, WARP, SYNCWARP, COPY, MISALIGNED, SUM = range(6)
+REVERSE, WARP, SYNCWARP, COPY, MISALIGNED, SUM, CAST, ROW = range(8)
 FORWARD, REVERSED, RANDOM = range(3)
 
 
@@ -100,6 +100,18 @@ def test_a_misaligned_vector_is_caught():
         run(MISALIGNED, 2, 8, out=4)
     with pytest.raises(RuntimeError, match="out of bounds"):
         run(MISALIGNED, 8, 8, out=4)
+
+
+def test_a_misaligned_cast_is_caught():
+    assert run(CAST, 4, 8, out=4)[1].tolist() == [5, 6, 7, 8]
+    with pytest.raises(RuntimeError, match="misaligned access at .*probes.cu"):
+        run(CAST, 2, 8, out=4)
+
+
+def test_an_index_past_the_row_of_an_array_is_caught():
+    assert run(ROW, 8, 32, out=1)[1].tolist() == [36]
+    with pytest.raises(RuntimeError, match="index 8 is out of bounds at .*probes.cu"):
+        run(ROW, 9, 32, out=1)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 5])

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif("cuda" not in TEST_BACKENDS, reason="built by cm
 
 @pytest.fixture
 def calls():
+    table, _ = make_table(30, 10)
     recorder = gpu_cases.Recorder()
     OBSERVERS.append(recorder)
-    table, _ = make_table(30, 10)
     for _ in range(2):  # the second time is the same case
         masked_embedding_unpack(table, backend="reference")
         masked_embedding_bag(torch.tensor([[1, 2], [3, 3]]), table, mode="max", backend="reference")

@@ -161,6 +161,7 @@ class Machine {
   // ---- what running threads ask for ----
 
   [[noreturn]] void fail(const std::string& message) {
+    busy_ = true;
     if (!running_) throw std::runtime_error("cuda_on_cpu: " + message);
     error_ = "cuda_on_cpu: kernel " + std::string(launch_->name) + ", block " + place(blockIdx) +
              ", thread " + place(threadIdx) + ": " + message;
@@ -344,6 +345,10 @@ class Machine {
 
   static void thread_main();
 
+  // The linker may give our calls of the standard library's templates the kernels' instrumented
+  // copies: what the machine itself accesses is not checked.
+  bool busy_ = false;
+
  private:
   static std::string place(const uint3& p) {
     return "(" + std::to_string(p.x) + ", " + std::to_string(p.y) + ", " + std::to_string(p.z) +
@@ -426,6 +431,7 @@ class Machine {
   void yield() {
     Thread& self = *running_;
     switch_fibre(self.fibre, main_);
+    busy_ = true;  // as it was: threads yield in the machine only
   }
 
   void release_barrier() {
@@ -564,9 +570,21 @@ Machine& machine() {
 std::recursive_mutex one_op_at_a_time;  // threadIdx and the scopes are the process's
 thread_local bool in_kernel = false;    // of this operating-system thread
 
+// For the length of a call of the machine by a kernel.
+class Inside {
+ public:
+  Inside() : before_(std::exchange(machine().busy_, true)) {}
+  ~Inside() { machine().busy_ = before_; }
+
+ private:
+  bool before_;
+};
+
 void Machine::thread_main() {
   Machine& m = machine();
+  m.busy_ = false;
   m.launch_->body(m.launch_->arguments);
+  m.busy_ = true;
   m.end_thread();
 }
 
@@ -596,34 +614,62 @@ void set_order(Order order, uint64_t seed) {
 }
 
 void fail(const std::string& message) { machine().fail(message); }
-void check_alignment(const void* p, size_t bytes) { machine().check_alignment(p, bytes); }
-int barrier(Site site, int value, int combine) { return machine().barrier(site, value, combine); }
+void check(bool good, const char* message) {
+  const Inside inside;
+  if (!good) machine().fail(message);
+}
+void check_alignment(const void* p, size_t bytes) {
+  const Inside inside;
+  machine().check_alignment(p, bytes);
+}
+int barrier(Site site, int value, int combine) {
+  const Inside inside;
+  return machine().barrier(site, value, combine);
+}
 void exchange(uint32_t mask, const char* name, Site site, const void* value, size_t bytes,
               void* all) {
+  const Inside inside;
   machine().exchange(mask, name, site, value, bytes, all);
 }
-int lane() { return machine().lane(); }
+int lane() {
+  const Inside inside;
+  return machine().lane();
+}
 void* shared_array(const void* key, size_t bytes, size_t alignment) {
+  const Inside inside;
   return machine().shared_array(key, bytes, alignment);
 }
-void* dynamic_shared(size_t byte) { return machine().dynamic_shared(byte); }
-bool is_shared(const void* p) { return machine().is_shared(p); }
+void* dynamic_shared(size_t byte) {
+  const Inside inside;
+  return machine().dynamic_shared(byte);
+}
+bool is_shared(const void* p) {
+  const Inside inside;
+  return machine().is_shared(p);
+}
 void check_access(const void* p, size_t bytes, Access access) {
+  const Inside inside;
   machine().access(p, bytes, access);
 }
 void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
+  const Inside inside;
   machine().copy_async(shared, global, bytes, valid);
 }
-void copy_commit() { machine().copy_commit(); }
-void copy_wait(int pending) { machine().copy_wait(pending); }
+void copy_commit() {
+  const Inside inside;
+  machine().copy_commit();
+}
+void copy_wait(int pending) {
+  const Inside inside;
+  machine().copy_wait(pending);
+}
 
 // What the compiler calls before each access (-fsanitize=thread).
 void hook(const void* p, size_t bytes, Access access, size_t alignment, const void* from) {
-  if (!in_kernel) return;
-  in_kernel = false;  // inline functions of the standard library may be the kernels' copies
+  if (!in_kernel || machine().busy_) return;
+  const Inside inside;
   if (alignment > 1) machine().check_alignment(p, alignment, from);
   machine().access(p, bytes, access, from);
-  in_kernel = true;
 }
 
 }  // namespace cuda_on_cpu
@@ -709,3 +755,28 @@ RS_DEFINE_ATOMICS(unsigned long long)
 RS_DEFINE_ATOMIC(atomicAdd, float, old + value)
 RS_DEFINE_ATOMIC(atomicAdd, double, old + value)
 RS_DEFINE_ATOMIC(atomicExch, float, value)
+
+// What the compiler calls where an access is misaligned for its type, or an index is past the end
+// of an array whose size it knows (-fsanitize=alignment,bounds).
+namespace {
+struct SourcePlace {
+  const char* file;
+  uint32_t line, column;
+};
+std::string told(const SourcePlace* place) {
+  return std::string(place->file) + ":" + std::to_string(place->line);
+}
+}  // namespace
+extern "C" {
+void __ubsan_handle_type_mismatch_v1(const SourcePlace* place, uintptr_t p) {
+  if (!cuda_on_cpu::in_kernel || cuda_on_cpu::machine().busy_) return;
+  const cuda_on_cpu::Inside inside;
+  cuda_on_cpu::fail("misaligned access at " + told(place) + (p ? "" : ", through a null pointer"));
+}
+void __ubsan_handle_out_of_bounds(const SourcePlace* place, uintptr_t index) {
+  if (!cuda_on_cpu::in_kernel || cuda_on_cpu::machine().busy_) return;
+  const cuda_on_cpu::Inside inside;
+  cuda_on_cpu::fail("index " + std::to_string(intptr_t(index)) + " is out of bounds at " +
+                    told(place));
+}
+}

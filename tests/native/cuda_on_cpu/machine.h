@@ -11,7 +11,7 @@
 //   - two threads that touch the same shared memory, one of them writing, with no barrier between
 //   them;
 //   - two blocks that write the same byte of a tensor, other than by atomics;
-//   - a misaligned access;
+//   - a misaligned access; an index past the end of an array whose size is known, row by row;
 //   - a barrier that not all live threads reach, or reach at different places;
 //   - a warp collective in which not all lanes of its mask take part;
 //   - a kernel that ends with copies under way.
@@ -53,9 +53,7 @@ void set_order(Order order, uint64_t seed);  // in which order threads that can 
 // ---- inside a kernel ----
 
 [[noreturn]] void fail(const std::string& message);
-inline void check(bool good, const char* message) {
-  if (!good) fail(message);
-}
+void check(bool good, const char* message);
 void check_alignment(const void* p, size_t bytes);
 
 // Barrier over the block; combines the threads' values: 0 counts those that are not 0, 1 and, 2 or.

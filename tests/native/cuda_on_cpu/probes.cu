@@ -30,9 +30,10 @@ __global__ void reverse_kernel(const float* input, float* output, int64_t count,
   }
   const int64_t first = int64_t(blockIdx.x) * kBlock;
   const int64_t here = count - first < kBlock ? count - first : kBlock;
+  const float* flat = tile;  // whose size the compiler does not know
   if (int64_t(threadIdx.x) < here)
     output[bug == 6 ? int64_t(threadIdx.x) : i] =
-        tile[here - 1 - threadIdx.x + (bug == 8 ? kBlock : 0)];
+        flat[here - 1 - threadIdx.x + (bug == 8 ? kBlock : 0)];
 }
 
 // output[w] = sum of the warp's inputs.
@@ -91,6 +92,18 @@ __global__ void copy_kernel(const float* input, float* output, int64_t stages, i
 __global__ void misaligned_kernel(const float* input, float* output, int64_t first) {
   store_pack<float, 4>(output, load_pack<float, 4>(input + first));
 }
+// The same without the function that checks.
+__global__ void cast_kernel(const float* input, float* output, int64_t first) {
+  *reinterpret_cast<float4*>(output) = *reinterpret_cast<const float4*>(input + first);
+}
+// output[0] = the sum over the first row of a tile [4][8]; `columns` past 8 reads the second row.
+__global__ void row_kernel(const float* input, float* output, int64_t columns) {
+  RS_SHARED(float, tile, [4][8]);
+  for (int i = 0; i < 32; ++i) tile[i / 8][i % 8] = input[i];
+  float sum = 0.0f;
+  for (int64_t c = 0; c < columns; ++c) sum += tile[0][c];
+  output[0] = sum;
+}
 
 __global__ void sum_kernel(const float* input, float* output, int64_t count, int64_t bug) {
   float sum = 0.0f;
@@ -117,6 +130,8 @@ void probe(int64_t which, int64_t bug, const Tensor& input, const Tensor& output
       return launch(stream, "copy", copy_kernel, {1}, {kBlock}, 2 * 4 * kBlock * 4, in, out,
                     count / (4 * kBlock), bug);
     case 4: return launch(stream, "misaligned", misaligned_kernel, {1}, {1}, 0, in, out, bug);
+    case 6: return launch(stream, "cast", cast_kernel, {1}, {1}, 0, in, out, bug);
+    case 7: return launch(stream, "row", row_kernel, {1}, {1}, 0, in, out, bug);
     default: return launch(stream, "sum", sum_kernel, {1}, {kBlock}, 0, in, out, count, bug);
   }
 }
