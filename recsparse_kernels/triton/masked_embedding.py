@@ -39,6 +39,7 @@ CONFIGS = Configs(
     {
         "rows": dict(elements=2048, num_warps=4),  # a row for each index
         "bags": dict(elements=1024, num_warps=4),
+        "gradients": dict(elements=1024, num_warps=4),
         "pairs": dict(elements=1024, num_warps=4),  # rows of two tables at once
         "norms": dict(elements=512, num_warps=4),  # rows read twice
     },

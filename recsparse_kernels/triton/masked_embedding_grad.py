@@ -497,7 +497,7 @@ def masked_embedding_bag_grad_per_sample_weights(
     output = values.new_empty(indices.shape, dtype=torch.float32)
     if bags == 0:
         return output.zero_()
-    per_tile, warps = rows_in_tile("bags", table.tile["BLOCK_D"])
+    per_tile, warps = rows_in_tile("gradients", table.tile["BLOCK_D"])
     launch(
         _grad_weights_kernel, (cdiv(indices.numel(), per_tile),),
         grad_output.contiguous(), values, *table.tensors, indices, _bag_of_lookup(offsets, bags, indices.numel()),
@@ -566,7 +566,7 @@ def masked_embedding_bag_grad_touched(
     if lookups.bags == 0:
         wanted = torch.zeros_like(wanted)
     touched = every[wanted].long()
-    per_tile, warps = rows_in_tile("bags", table.tile["BLOCK_D"])
+    per_tile, warps = rows_in_tile("gradients", table.tile["BLOCK_D"])
     grid = (cdiv(len(touched), per_tile),)
     options = dict(**table.tile, BLOCK_N=per_tile, num_warps=warps)
     if values.dim() == 2:

@@ -2,8 +2,7 @@
 
 CI compiles each kernel, type and constant once, block sizes aside (``--brief``): for sm_80 and sm_90 with
 the Triton that is installed and, where `make test` could install it, for sm_90 with the oldest supported
-one. ``python -m recsparse_kernels.triton.compile`` compiles all for all targets; its table is
-bench/results/triton_compile.md.
+one. ``python -m recsparse_kernels.triton.compile --table FILE`` compiles all for all targets.
 """
 
 import importlib.util
