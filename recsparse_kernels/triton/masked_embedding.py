@@ -37,14 +37,14 @@ SUM, MEAN, MAX, EACH = range(4)  # pooling modes
 CONFIGS = Configs(
     "masked_embedding",
     {
-        "rows": dict(elements=2048, num_warps=4),  # a row for each index
+        "rows": dict(elements=1024, num_warps=4),  # a row for each index
         "bags": dict(elements=1024, num_warps=4),
         "gradients": dict(elements=1024, num_warps=4),
         "pairs": dict(elements=1024, num_warps=4),  # rows of two tables at once
         "norms": dict(elements=512, num_warps=4),  # rows read twice
     },
     others={
-        "rows": {"small": dict(elements=1024, num_warps=4)},
+        "rows": {"large": dict(elements=2048, num_warps=8)},
         "bags": {"small": dict(elements=512, num_warps=2)},
     },
 )
