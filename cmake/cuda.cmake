@@ -73,7 +73,8 @@ target_include_directories(recsparse_host_options SYSTEM INTERFACE ${RECSPARSE_S
 get_target_property(RECSPARSE_DEFINITIONS recsparse_options INTERFACE_COMPILE_DEFINITIONS)
 target_compile_definitions(recsparse_host_options INTERFACE ${RECSPARSE_DEFINITIONS})
 target_compile_options(recsparse_host_options INTERFACE
-  "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xcompiler=-Wall,-Wextra,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=,-ffile-prefix-map=${TORCH_DIR}/=torch/>")
+  # GCC 12 takes an empty std::optional for one that holds a tensor
+  "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xcompiler=-Wall,-Wextra,-Wno-maybe-uninitialized,-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=,-ffile-prefix-map=${TORCH_DIR}/=torch/>")
 if(RECSPARSE_WERROR)
   target_compile_options(recsparse_host_options INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Werror all-warnings>")
