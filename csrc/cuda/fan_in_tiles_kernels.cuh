@@ -284,8 +284,9 @@ __global__ void __launch_bounds__(kGroupThreads, kGroupBlocks)
 // ---- logits by label ----
 
 constexpr int kLabelThreads = 256;
-constexpr int kLabelBlocks = 2;  // 128 registers each, likewise
-constexpr int kEntries = 8;      // of a label, whose loads are in flight at once
+template <class Epilogue>
+inline constexpr int kLabelBlocks = 2;  // 128 registers each, likewise
+constexpr int kEntries = 8;             // of a label, whose loads are in flight at once
 
 // The weights and columns of entries [f, f + 8) of a label.
 template <class T>
@@ -335,7 +336,7 @@ struct Entries {
 // One block: tiles of labels, `stride` apart, of one slice of rows. `lanes` hold the slice's rows,
 // 16 bytes each, for one label.
 template <class T, bool kInShared, class Epilogue>
-__global__ void __launch_bounds__(kLabelThreads, kLabelBlocks)
+__global__ void __launch_bounds__(kLabelThreads, kLabelBlocks<Epilogue>)
     label_logits_kernel(FanInLayer<T> layer, int64_t first_tile, int64_t tiles, int lanes,
                         int across, Epilogue epilogue) {
   constexpr int kVector = kPackOf16Bytes<T>;

@@ -41,6 +41,10 @@ struct BestOfTile {
   }
 };
 
+// A few more registers than two blocks can have.
+template <>
+inline constexpr int kLabelBlocks<BestOfTile<bf16>> = 1;
+
 // ---- the k largest of a row of keys ----
 
 constexpr int kSelectThreads = 512;

@@ -134,7 +134,7 @@ enum class RowsOp { kExpand, kGather, kRepack };
 //   kGather   values of row n = dense[n] where kept
 //   kRepack   values of row n of `to` = those of `table` where both keep, else 0
 template <class T, int kLanes, RowsOp kOp>
-__global__ void __launch_bounds__(kTeamThreads, 4)
+__global__ void __launch_bounds__(kTeamThreads, 3)  // of two tables at once: more registers
     rows_kernel(const DeviceTable<T> table, const DeviceTable<T> to, const Bags bags, T* dense,
                 T* values, bool by_four) {
   using Group = Team<kLanes>;
