@@ -248,7 +248,7 @@ BAD = [
     (lambda t: t.update(input=t["input"][0, 0]), ValueError, "input must have shape"),
     (lambda t: t.update(activation="swish"), ValueError, "activation must be one of"),
     (lambda t: t.update(mid_activation=1), ValueError, "mid_activation must be one of"),
-    (lambda t: t.update(backend="cuda"), ValueError, "backend must be one of"),
+    (lambda t: t.update(backend="tpu"), ValueError, "backend must be one of"),
     (lambda t: t.update(bias=t["bias"].to("meta")), ValueError, "on the device of input"),
 ]
 

@@ -534,7 +534,7 @@ def test_meta():
         (dict(metadata=None), TypeError, "metadata must be a tensor"),
         (dict(bias=torch.zeros(8)), ValueError, r"bias must have shape \[O\] = \(7\); got \(8,\)"),
         (dict(activation="softmax"), ValueError, "activation must be one of .*'softmax'"),
-        (dict(backend="cuda"), ValueError, "backend must be one of"),
+        (dict(backend="tpu"), ValueError, "backend must be one of"),
     ],
 )
 def test_errors(change, error, text):
