@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-GENERATED_ROWS, GENERATED_DOCUMENTS = 400_000, 30_000  # so that the whole run takes minutes on two cores
+GENERATED_ROWS, GENERATED_DOCUMENTS = 400_000, 24_000  # so that the whole run takes minutes on two cores
 READ_ROWS = 1_000_000  # of a longer click log, unless --rows says otherwise
 NEEDED = {"rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--passes", type=int, default=None, metavar="N", help="at most this many passes over the data"
     )
     parser.add_argument(
-        "--timing-seconds", type=float, default=15.0, metavar="S",
-        help="how long to time each group of models (default 15)",
+        "--timing-seconds", type=float, default=10.0, metavar="S",
+        help="how long to time each group of models (default 10)",
     )  # fmt: skip
 
 
