@@ -45,7 +45,9 @@ def _load_cuda(cpu: Library) -> Library:
         return Library(name, path, False, reason)
 
     if not path.exists():
-        return missing(f"{path.name} is not there: the package was built without nvcc (make demo leaves it out)")
+        return missing(
+            f"{path.name} is not there: the package was built without nvcc (make demo leaves it out)"
+        )
     if torch.version.cuda is None:
         return missing("torch is not a CUDA build")
     if not cpu.loaded:
