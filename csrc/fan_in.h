@@ -61,6 +61,38 @@ inline void check_in_place(const Tensor& t, const char* name) {
   RS_CHECK_VALUE(t.is_contiguous(), name, " is updated in place and must be contiguous");
 }
 
+// What a topology update drops: below a threshold or a fraction, over the layer or row by row.
+enum Criterion : int64_t { kThreshold = 0, kFraction = 1 };
+enum Scope : int64_t { kLayer = 0, kRow = 1 };
+
+inline FanInSizes check_fan_in_rewire(const Tensor& weight, const Tensor& indices,
+                                      const std::vector<Tensor>& state, int64_t in_features,
+                                      int64_t group_size, int64_t criterion, int64_t scope,
+                                      double amount, bool allow_duplicates) {
+  check_dim(weight, 2, "weight", "[O, F]");
+  const FanInSizes size = check_fan_in_layer(0, in_features, weight.size(0), indices, group_size);
+  check_fan_in_weight(size, weight);
+  check_in_place(weight, "weight");
+  check_in_place(indices, "indices");
+  RS_CHECK_VALUE(criterion == kThreshold || criterion == kFraction,
+                 "criterion must be 0 (threshold) or 1 (fraction); got ", criterion);
+  RS_CHECK_VALUE(scope == kLayer || scope == kRow, "scope must be 0 (layer) or 1 (row); got ",
+                 scope);
+  RS_CHECK_VALUE(criterion == kThreshold || (amount >= 0.0 && amount <= 1.0),
+                 "amount must be in [0, 1] for a fraction");
+  RS_CHECK_VALUE(allow_duplicates || size.fan_in <= in_features, "a row of ", size.fan_in,
+                 " distinct indices needs as many inputs; got ", in_features);
+  const int64_t limit = indices.scalar_type() == ScalarType::Short ? INT16_MAX : INT32_MAX;
+  RS_CHECK_VALUE(in_features <= limit + 1, "indices of this dtype end at ", limit,
+                 "; in_features is ", in_features);
+  for (const Tensor& moments : state) {
+    RS_CHECK_VALUE(moments.sizes().equals(weight.sizes()), "state must have the shape of weight, ",
+                   shape_text(weight), "; got ", shape_text(moments));
+    check_in_place(moments, "state");
+  }
+  return size;
+}
+
 // Moments of the fused optimizer: those of the weight, then those of the bias.
 inline void check_fan_in_state(const std::vector<Tensor>& state, int64_t moments,
                                const Tensor& weight, const std::optional<Tensor>& bias) {

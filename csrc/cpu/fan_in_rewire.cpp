@@ -23,9 +23,6 @@ constexpr int64_t kBins = 1 << 16;     // a histogram is half a megabyte, so
 constexpr int64_t kPerSlab = 1 << 20;  // a slab has at least so many connections
 constexpr int64_t kMaxSlabs = 16;
 
-enum Criterion : int64_t { kThreshold = 0, kFraction = 1 };
-enum Scope : int64_t { kLayer = 0, kRow = 1 };
-
 struct Rewiring {  // arguments of the op
   FanInSizes size;
   Criterion criterion;
@@ -279,27 +276,10 @@ int64_t rewire(const Rewiring& r, T* weight, Index* indices, const std::vector<S
 Tensor fan_in_rewire(const Tensor& weight, const Tensor& indices, const std::vector<Tensor>& state,
                      int64_t in_features, int64_t group_size, int64_t criterion, int64_t scope,
                      double amount, double init_scale, bool allow_duplicates, int64_t seed) {
-  check_dim(weight, 2, "weight", "[O, F]");
-  const FanInSizes size = check_fan_in_layer(0, in_features, weight.size(0), indices, group_size);
-  check_fan_in_weight(size, weight);
-  check_in_place(weight, "weight");
-  check_in_place(indices, "indices");
-  RS_CHECK_VALUE(criterion == kThreshold || criterion == kFraction,
-                 "criterion must be 0 (threshold) or 1 (fraction); got ", criterion);
-  RS_CHECK_VALUE(scope == kLayer || scope == kRow, "scope must be 0 (layer) or 1 (row); got ",
-                 scope);
-  RS_CHECK_VALUE(criterion == kThreshold || (amount >= 0.0 && amount <= 1.0),
-                 "amount must be in [0, 1] for a fraction");
-  RS_CHECK_VALUE(allow_duplicates || size.fan_in <= in_features, "a row of ", size.fan_in,
-                 " distinct indices needs as many inputs; got ", in_features);
-  const int64_t limit = indices.scalar_type() == ScalarType::Short ? INT16_MAX : INT32_MAX;
-  RS_CHECK_VALUE(in_features <= limit + 1, "indices of this dtype end at ", limit,
-                 "; in_features is ", in_features);
+  const FanInSizes size = check_fan_in_rewire(weight, indices, state, in_features, group_size,
+                                              criterion, scope, amount, allow_duplicates);
   std::vector<StateSlots> slots;
   for (const Tensor& moments : state) {
-    RS_CHECK_VALUE(moments.sizes().equals(weight.sizes()), "state must have the shape of weight, ",
-                   shape_text(weight), "; got ", shape_text(moments));
-    check_in_place(moments, "state");
     slots.push_back({mutable_data<char>(moments), int64_t(moments.element_size())});
   }
   Tensor count = torch::stable::new_empty(weight, std::vector<int64_t>{}, ScalarType::Long);

@@ -13,9 +13,6 @@ namespace {
 constexpr int64_t kMaxBlocks =
     2048;  // of the histogram: enough to fill any GPU, the rest is a loop
 
-enum Criterion : int64_t { kThreshold = 0, kFraction = 1 };
-enum Scope : int64_t { kLayer = 0, kRow = 1 };
-
 template <class T>
 void drop(const Stream& stream, const Connections<T>& connections, int64_t criterion, int64_t scope,
           double amount, int8_t* dropped) {
@@ -60,26 +57,9 @@ void reset(const Stream& stream, const FanInSizes& size, const int8_t* dropped, 
 Tensor fan_in_rewire(const Tensor& weight, const Tensor& indices, const std::vector<Tensor>& state,
                      int64_t in_features, int64_t group_size, int64_t criterion, int64_t scope,
                      double amount, double init_scale, bool allow_duplicates, int64_t seed) {
-  check_dim(weight, 2, "weight", "[O, F]");
-  const FanInSizes size = check_fan_in_layer(0, in_features, weight.size(0), indices, group_size);
-  check_fan_in_weight(size, weight);
-  check_in_place(weight, "weight");
-  check_in_place(indices, "indices");
-  RS_CHECK_VALUE(criterion == kThreshold || criterion == kFraction,
-                 "criterion must be 0 (threshold) or 1 (fraction); got ", criterion);
-  RS_CHECK_VALUE(scope == kLayer || scope == kRow, "scope must be 0 (layer) or 1 (row); got ",
-                 scope);
-  RS_CHECK_VALUE(criterion == kThreshold || (amount >= 0.0 && amount <= 1.0),
-                 "amount must be in [0, 1] for a fraction");
-  RS_CHECK_VALUE(allow_duplicates || size.fan_in <= in_features, "a row of ", size.fan_in,
-                 " distinct indices needs as many inputs; got ", in_features);
-  const int64_t limit = indices.scalar_type() == ScalarType::Short ? INT16_MAX : INT32_MAX;
-  RS_CHECK_VALUE(in_features <= limit + 1, "indices of this dtype end at ", limit,
-                 "; in_features is ", in_features);
+  const FanInSizes size = check_fan_in_rewire(weight, indices, state, in_features, group_size,
+                                              criterion, scope, amount, allow_duplicates);
   for (const Tensor& moments : state) {
-    RS_CHECK_VALUE(moments.sizes().equals(weight.sizes()), "state must have the shape of weight, ",
-                   shape_text(weight), "; got ", shape_text(moments));
-    check_in_place(moments, "state");
     const int64_t bytes = int64_t(moments.element_size());
     RS_CHECK_TYPE(bytes == 2 || bytes == 4 || bytes == 8,
                   "state must have elements of 2, 4 or 8 bytes; got ",

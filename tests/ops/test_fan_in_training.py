@@ -330,6 +330,34 @@ def test_rewire_equals_the_reference(shape, options):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", [b for b in SLOW if b in backends("fan_in_rewire")])
+@pytest.mark.parametrize("name", ["threshold", "layer", "row", "duplicates"])
+@pytest.mark.parametrize(
+    "shape", [(6, 12, 12, 1), (40, 12, 40, 7), (2, 140, 150, 1), (0, 3, 9, 1), (5, 0, 4, 1)], ids=str
+)
+def test_rewire_on_a_gpu_equals_the_reference(shape, name, backend):
+    """As above, with moments and on small cases; F past a block of threads."""
+    options = {
+        "threshold": dict(threshold=0.1),
+        "layer": dict(fraction=0.3, init_scale=0.2),
+        "row": dict(fraction=1.0, scope="row"),
+        "duplicates": dict(fraction=0.4, allow_duplicates=True),
+    }[name]
+    out_features, fan_in, in_features, group_size = shape
+    case = make_case(1, in_features, out_features, fan_in, group_size, duplicates=False)
+    case.weight[::2] = 0  # ties
+    results = []
+    for each in ("reference", backend):
+        weight, indices = case.weight.clone(), case.indices.clone()
+        state = [torch.ones(out_features, fan_in), torch.ones(out_features, fan_in).double()]
+        count = ops.fan_in_rewire(
+            weight, indices, in_features,
+            group_size=group_size, state=state, seed=-5, backend=each, **options,
+        )  # fmt: skip
+        results.append((count, weight, indices, *state))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @native_only
 def test_rewire_of_a_layer_of_several_slabs():
     """More than 2^20 connections: the count is exact across slabs, ties at the limit included."""

@@ -185,33 +185,6 @@ def test_offsets_past_two_to_the_31(unchecked):
     assert grad[0, :5].tolist() == [40.0, 80.0, 120.0, 160.0, 0.0]
 
 
-@pytest.mark.parametrize("name", ["threshold", "layer", "row", "duplicates"])
-@pytest.mark.parametrize(
-    "shape", [(6, 12, 12, 1), (40, 12, 40, 7), (2, 70, 75, 1), (0, 3, 9, 1), (5, 0, 4, 1)], ids=str
-)
-def test_rewire_equals_the_reference(shape, name):
-    """Bit for bit; F = I leaves one choice, after the rounds of draws; F past a block of 64."""
-    options = {
-        "threshold": dict(threshold=0.1),
-        "layer": dict(fraction=0.3, init_scale=0.2),
-        "row": dict(fraction=1.0, scope="row"),
-        "duplicates": dict(fraction=0.4, allow_duplicates=True),
-    }[name]
-    out_features, fan_in, in_features, group_size = shape
-    case = make_case(1, in_features, out_features, fan_in, group_size, duplicates=False)
-    case.weight[::2] = 0  # ties
-    results = []
-    for backend in ("reference", "triton"):
-        weight, indices = case.weight.clone(), case.indices.clone()
-        state = [torch.ones(out_features, fan_in), torch.ones(out_features, fan_in).double()]
-        count = ops.fan_in_rewire(
-            weight, indices, in_features,
-            group_size=group_size, state=state, seed=-5, backend=backend, **options,
-        )  # fmt: skip
-        results.append((count, weight, indices, *state))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
 def test_rewire_where_all_keys_are_equal(monkeypatch):
     """Score and random tie alike: the lowest positions go, as in a stable sort."""
     case = make_case(1, 50, 100, 12, duplicates=False)
