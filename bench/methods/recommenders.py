@@ -52,7 +52,7 @@ def _product(adjacency: Tensor, x: Tensor) -> Tensor:
 
 def bpr_loss(user: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Softplus form: ``mean log(1 + exp(score of the negative - score of the positive))``."""
-    return functional.softplus((user * negative).sum(1) - (user * positive).sum(1)).mean()
+    return functional.softplus((user * (negative - positive)).sum(1)).mean()
 
 
 class LightGCN(nn.Module):
@@ -70,9 +70,9 @@ class LightGCN(nn.Module):
         self.table = make_table(users + items, dim)
         init_normal(self.table, std)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """Users, then items: ``[V, D]``."""
-        x = all_rows(self.table)
+        x = all_rows(self.table) if rows is None else rows
         total = x
         for _ in range(self.layers):
             x = _Propagate.apply(self.adjacency, x)
@@ -84,10 +84,14 @@ class LightGCN(nn.Module):
         user, positive, negative = batch[0], batch[1] + self.users, batch[2] + self.users
         rows = torch.cat([user, positive, negative])
         if self.layers == 0:
-            own = chosen = self.table(rows)
+            chosen = self.table(rows)
+            squares = chosen.square().sum()
         else:
-            own, chosen = self.table(rows), functional.embedding(rows, self.vectors())
-        penalty = own.square().sum() / (2 * len(user))
+            table = all_rows(self.table)
+            chosen = functional.embedding(rows, self.vectors(table))
+            # once for each row and how often it is in the batch
+            squares = rows.bincount(minlength=len(table)).to(table.dtype) @ table.square().sum(1)
+        penalty = squares / (2 * len(user))
         return bpr_loss(*chosen.chunk(3)) + decay * penalty
 
     @torch.no_grad()
