@@ -11,7 +11,8 @@ target: types from the tensors, and the attributes that Triton's own JIT gives t
 divisible by 16 and to integers equal to 1.
 
 The exit status is 1 when a launch does not compile, wants more shared memory than a block of the target
-may have or spills registers, and when a kernel is launched by no case.
+may have, spills registers or forms addresses in too few bits (_addresses.py), and when a kernel is launched
+by no case.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import types
 from collections.abc import Iterable, Sequence
 
 import torch
+
+from ._addresses import narrow_products
 
 TARGETS = {  # name: (backend, architecture, threads of a warp)
     "sm_80": ("cuda", 80, 32),
@@ -168,6 +171,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         faults.append(f"tensor memory above {TENSOR_MEMORY_COLUMNS} columns")
     if resources.spilled:
         faults.append(f"spills {resources.spilled} B")
+    if narrow := narrow_products(compiled.asm["ttir"]):
+        faults.append(f"multiplies sizes in 32 bits: {', '.join(narrow)}")
     resources.error = ", ".join(faults)
     return resources
 
