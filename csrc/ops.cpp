@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");
   m.def("use_huge_pages(Tensor tensor) -> int");
+  m.def("set_huge_pages(bool outputs) -> ()");
 
   // ---- sparse24 ----
   m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");

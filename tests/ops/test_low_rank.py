@@ -209,13 +209,17 @@ def test_opcheck(name):
     torch.library.opcheck(OPS["low_rank_cross_grad"].overload(name), (grad, x0, x, down, up, mid, bias, 55))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(compiler):
+@pytest.mark.parametrize(
+    "compiler, backend", [("aot_eager", None), ("inductor", None), ("aot_eager", "triton")]
+)
+def test_compile(compiler, backend):
+    if backend and backend not in OPS["low_rank_linear"].backends():
+        pytest.skip("there is no Triton")
     *tensors, grad = make_linear(19, 7, 5, 6)
 
     def both(input, down, up, mid_bias, bias):
-        y = low_rank_linear(input, down, up, mid_bias, bias, activation="relu")
-        return low_rank_cross(y, y, up.t().reshape(5, 6), up, bias)
+        y = low_rank_linear(input, down, up, mid_bias, bias, activation="relu", backend=backend)
+        return low_rank_cross(y, y, up.t().reshape(5, 6), up, bias, backend=backend)
 
     expected = run(both, tensors, grad, torch.float32)
     actual = run(torch.compile(both, fullgraph=True, backend=compiler), tensors, grad, torch.float32)
