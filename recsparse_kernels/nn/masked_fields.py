@@ -26,6 +26,10 @@ class MaskedFields(PackedModule):
         density, layout: as in `MaskedEmbeddingBag`, over all tables together.
 
     State: that of ``bag``, ``starts [F + 1]`` int64.
+
+    >>> tables = nn.ModuleList(nn.EmbeddingBag(rows, 16, mode="sum") for rows in (1000, 20, 300))
+    >>> MaskedFields.from_dense(tables, density=0.2)(torch.zeros(64, 3, dtype=torch.int64)).shape
+    torch.Size([64, 3, 16])
     """
 
     dense_type = nn.ModuleList  # of nn.EmbeddingBag or nn.Embedding
