@@ -87,7 +87,7 @@ __device__ __forceinline__ void expand_tile(T* tile, const DeviceTable<T>& table
 // Blocks: x over the table's rows (grad input: over its pieces), y over tiles of the batch (grad
 // values: of the columns), z over tiles of the columns (grad input).
 template <class T, Role kRole>
-__global__ void __launch_bounds__(kThreads, 4) product_kernel(const Product<T> p) {
+__global__ void __launch_bounds__(kThreads, 4) matmul_kernel(const Product<T> p) {
   using Of = Operands<T, kRole>;
   using A = typename Of::A;
   using B = typename Of::B;
@@ -180,7 +180,7 @@ Tensor matmul_t(const Tensor& input, const Tensor& values, const Tensor& rows,
     Tensor output = torch::stable::new_empty(values, {batch, num_embeddings});
     p.input = matrix(data<T>(stream, input), p.batch, embedding_dim);
     p.output = mutable_data<T>(stream, output);
-    launch(stream, "masked_embedding_matmul_t", product_kernel<T, Role::kForward>,
+    launch(stream, "masked_embedding_matmul_t", matmul_kernel<T, Role::kForward>,
            {ceil_div(num_embeddings, kTile), ceil_div(p.batch, kTile)}, {kThreads},
            Operands<T, Role::kForward>::kBytes, p);
     return output;
@@ -212,7 +212,7 @@ Tensor matmul_t_grad_input(const Tensor& grad_output, const Tensor& values, cons
     const int64_t pieces = ceil_div(num_embeddings, p.piece), size = batch * embedding_dim;
     const Scratch<float> parts(stream, pieces * size);
     p.parts = parts.get();
-    launch(stream, "masked_embedding_matmul_t_grad_input", product_kernel<T, Role::kGradInput>,
+    launch(stream, "masked_embedding_matmul_t_grad_input", matmul_kernel<T, Role::kGradInput>,
            {pieces, ceil_div(p.batch, kTile), ceil_div(embedding_dim, kTile)}, {kThreads},
            Operands<T, Role::kGradInput>::kBytes, p);
     Tensor grad = torch::stable::new_empty(values, {batch, embedding_dim});
@@ -242,7 +242,7 @@ Tensor matmul_t_grad_values(const Tensor& grad_output, const Tensor& input, cons
     p.grad_output = matrix(data<T>(stream, grad_output), p.batch, num_embeddings);
     Tensor grad = torch::stable::new_empty(values, shape_of(values));
     p.output = mutable_data<T>(stream, grad);
-    launch(stream, "masked_embedding_matmul_t_grad_values", product_kernel<T, Role::kGradValues>,
+    launch(stream, "masked_embedding_matmul_t_grad_values", matmul_kernel<T, Role::kGradValues>,
            {ceil_div(num_embeddings, kTile), ceil_div(embedding_dim, kTile)}, {kThreads},
            Operands<T, Role::kGradValues>::kBytes, p);
     return grad;

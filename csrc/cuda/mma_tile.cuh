@@ -1,10 +1,10 @@
 // Tiles of matrices in shared memory and their products, for kernels that are made of them.
 //
-//   Tile          shape and layout of a tile; load_tile fills it by cp.async, zeros outside the
-//   matrix warp_product  acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA for
-//   float32 store_sums    acc to a float32 tile, from which each thread takes whole 16-byte pieces
-//   (`Piece`)
-//                 of rows: global memory is read and written in wide accesses, whatever the tile
+// `Tile` is the shape and layout of a tile, which load_tile fills by cp.async, with zeros outside
+// the matrix. warp_product does acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA
+// for float32. store_sums brings acc into a float32 tile, from which each thread takes whole
+// 16-byte pieces (`Piece`) of rows: global memory is read and written in wide accesses, whatever
+// the tile.
 //
 // Either operand lies in its tile with k along the rows, [m][k], or across them, [k][m]: no matrix
 // is ever transposed in memory. Any size and stride is taken: rows and columns outside the matrix

@@ -24,6 +24,7 @@ HOT = {
     "pieces_kernel": (),
     "join_kernel": (),
     "product_kernel": (),
+    "matmul_kernel": (),
     "sparse_linear_kernel": ("HMMA.SP",),
     "linear_rows_kernel": (),
     "expanded_product_kernel": (),
