@@ -25,6 +25,7 @@ HOT = {
     "join_kernel": (),
     "product_kernel": (),
     "sparse_linear_kernel": ("HMMA.SP",),
+    "sparse_linear_sm90_kernel": ("HGMMA.SP", "UBLKCP"),
     "linear_rows_kernel": (),
     "expanded_product_kernel": (),
     "prune_kernel": (),
