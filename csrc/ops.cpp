@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");
   m.def("use_huge_pages(Tensor tensor) -> int");
+  m.def("set_huge_pages(bool outputs) -> ()");
 
   // ---- sparse24 ----
   m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");
@@ -62,6 +63,12 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
       "masked_embedding_matmul_t_grad_input(Tensor grad_output, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
   m.def(
       "masked_embedding_matmul_t_grad_values(Tensor grad_output, Tensor input, Tensor values, Tensor rows, Tensor? bases, Tensor? starts, Tensor? columns, SymInt num_embeddings, SymInt embedding_dim) -> Tensor");
+
+  // ---- selection ----
+  m.def(
+      "selection_histogram(Tensor scores, SymInt? ties_of, SymInt first_position, SymInt shift, SymInt width, SymInt first) -> Tensor");
+  m.def(
+      "selection_mask(Tensor scores, SymInt key, SymInt? tie, SymInt first_position) -> Tensor");
 
   // ---- low_rank ----
   // `needs` of the gradient ops: bits 1 input (x), 2 down, 4 up, 8 mid_bias, 16 bias, 32 x0

@@ -69,9 +69,14 @@ def use_huge_pages(*tensors: torch.Tensor | None) -> int:
 
 
 def set_huge_pages(enabled: bool) -> None:
-    """Whether new tables of 4 MB and more are put on huge pages (the default). Costs at most 2 MB each."""
+    """Whether new tables and, on the CPU, outputs of 4 MB and more are put on huge pages (the default).
+
+    Costs at most 2 MB each.
+    """
     global _huge_pages
     _huge_pages = bool(enabled)
+    if _native.CPU.loaded:
+        torch.ops.recsparse.set_huge_pages(_huge_pages)
 
 
 if _native.CPU.loaded:

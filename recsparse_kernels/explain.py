@@ -10,7 +10,7 @@ from torch import nn
 from . import _native
 from ._table import Table
 from .nn._base import PackedModule
-from .ops._backend import NATIVE_DTYPES, OBSERVERS, OPS, Op
+from .ops._backend import NATIVE_DTYPES, OBSERVERS, OPS, Op, device_name
 from .tuning import DETAILS, Entry
 
 
@@ -89,14 +89,14 @@ def _static(module: PackedModule) -> list[list[str]]:
     """Rows without a forward: the ops of the layer's family, by its dtype and device."""
     family = type(module).__module__.rpartition(".")[2]
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device, dtype = (
-        (parameter.device.type, parameter.dtype) if parameter is not None else ("cpu", torch.float32)
-    )
+    where = parameter.device if parameter is not None else torch.device("cpu")
+    device, dtype = where.type, parameter.dtype if parameter is not None else torch.float32
+    measured_on = device_name(where), dtype
     rows = []
     for name, op in OPS.items():
         if not name.startswith(family) or "_grad" in name or op.mutates:
             continue
-        measured = sum(1 for op_name, key in DETAILS if op_name == name and key[:2] == (device, dtype))
+        measured = sum(1 for op_name, key in DETAILS if op_name == name and key[:2] == measured_on)
         reason = _default_text(op, device, dtype)
         if measured:
             reason = f"{measured} shapes measured; pass sample_input to see which one this is"

@@ -1,4 +1,4 @@
-"""The measured table: which backend is fastest for an op, a dtype and a class of shapes, on this machine.
+"""The measured table: which backend is fastest for an op, a dtype and a class of shapes, on this CPU or GPU.
 
 Entries come from measured.json, shipped with the package for known machines, and from the user's
 cache file, written by `tune`, which wins. `ops._backend.Op.pick` looks them up: an op without entries
@@ -37,7 +37,7 @@ class Entry:
     """One measured choice."""
 
     op: str
-    device: str
+    device: str  # "cpu" (of `machine_class`), or the GPU's name
     dtype: torch.dtype
     training: bool  # measured forward and backward
     shape_class: str
@@ -95,7 +95,7 @@ class TuneReport:
 
 
 def machine_class() -> str:
-    """What a measurement holds for: processor family, instruction level, threads."""
+    """What a measurement on the CPU holds for: processor family, instruction level, threads."""
     vendor, family = platform.machine() or "unknown", platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -111,16 +111,19 @@ def cache_path() -> Path:
 
 
 def load() -> int:
-    """Fill the table for this machine class from the shipped file and the user's; returns how many entries.
+    """Fill the table from the shipped file and the user's; returns how many entries.
 
-    Called on import. Call it again after ``torch.set_num_threads`` or ``set_cpu_level``. A file that
+    Of the CPU's entries those of this machine class; of the GPUs' all, since a call looks up the name of the
+    GPU it runs on. Called on import. Call it again after ``torch.set_num_threads`` or ``set_cpu_level``. A file that
     cannot be read is left aside with a warning.
     """
     forget()
-    machine = machine_class()
+    cpu = machine_class()
     for path in (SHIPPED, cache_path()):
-        for entry in _read(path).get(machine, ()):
-            _remember(entry)
+        for measured_on, entries in _read(path).items():
+            for entry in entries:
+                if measured_on == (cpu if entry.device == "cpu" else entry.device):
+                    _remember(entry)
     return len(DETAILS)
 
 
@@ -161,11 +164,15 @@ def _item(entry: Entry) -> dict[str, Any]:
 
 
 def save(entries: list[Entry], path: Path | None = None) -> Path:
-    """Add entries for this machine class to the user's file, or another; replaces it in one step."""
+    """Add entries to the user's file, or another, each under its machine; replaces it in one step."""
     path = path or cache_path()
     machines = _read(path)
-    own = {(entry.op, entry.key): entry for entry in (*machines.get(machine_class(), ()), *entries)}
-    machines[machine_class()] = list(own.values())
+    cpu = machine_class()
+    for device in {entry.device: None for entry in entries}:
+        machine = cpu if device == "cpu" else device
+        new = [entry for entry in entries if entry.device == device]
+        own = {(entry.op, entry.key): entry for entry in (*machines.get(machine, ()), *new)}
+        machines[machine] = list(own.values())
     content = {
         "version": VERSION,
         "machines": {

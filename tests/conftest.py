@@ -45,6 +45,14 @@ def backend(request):
 
 
 @pytest.fixture
+def threads():
+    """`torch.set_num_threads`, set back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def check_indices():
     """`rk.set_check_indices`, set back after the test."""
     before = get_check_indices()

@@ -34,25 +34,48 @@ class _Propagate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, adjacency, x):
-        ctx.adjacency = adjacency
-        return _product(adjacency, x)
+        ctx.csr = adjacency.crow_indices(), adjacency.col_indices(), adjacency.values()
+        return _product(*ctx.csr, x)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, _product(ctx.adjacency, grad)
+        return None, _product(*ctx.csr, grad)
 
 
-def _product(adjacency: Tensor, x: Tensor) -> Tensor:
-    # a third of the time of torch's CSR product on this CPU
+def _product(starts: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Of a matrix in CSR and x, in a third of the time that torch's CSR product takes on this CPU."""
     return functional.embedding_bag(
-        adjacency.col_indices(), x.contiguous(), adjacency.crow_indices(), mode="sum",
-        per_sample_weights=adjacency.values(), include_last_offset=True,
-    )  # fmt: skip
+        columns, x.contiguous(), starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
-def bpr_loss(user: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+class _Margins(torch.autograd.Function):
+    """How much the negative scores above the positive: ``v[user] . (v[negative] - v[positive])``, ``[B]``.
+
+    The gradient is a product of ``v`` with a sparse matrix of four elements for each triple.
+    """
+
+    TOGETHER = 2048  # triples whose rows stay in the cache
+
+    @staticmethod
+    def forward(ctx, v, user, positive, negative):
+        ctx.save_for_backward(v, user, positive, negative)
+        parts = (part.split(_Margins.TOGETHER) for part in (user, positive, negative))
+        return torch.cat([(v[n].sub_(v[p]).mul_(v[u])).sum(1) for u, p, n in zip(*parts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad):
+        v, user, positive, negative = ctx.saved_tensors
+        row, order = torch.cat([user, user, positive, negative]).sort(stable=True)
+        column = torch.cat([negative, positive, user, user])[order]
+        starts = torch.searchsorted(row, torch.arange(len(v) + 1))
+        values = torch.cat([grad, -grad, -grad, grad])[order]
+        return _product(starts, column, values, v), None, None, None
+
+
+def bpr_loss(margins: Tensor) -> Tensor:
     """Softplus form: ``mean log(1 + exp(score of the negative - score of the positive))``."""
-    return functional.softplus((user * negative).sum(1) - (user * positive).sum(1)).mean()
+    return functional.softplus(margins).mean()
 
 
 class LightGCN(nn.Module):
@@ -70,9 +93,9 @@ class LightGCN(nn.Module):
         self.table = make_table(users + items, dim)
         init_normal(self.table, std)
 
-    def vectors(self) -> Tensor:
+    def vectors(self, rows: Tensor | None = None) -> Tensor:
         """Users, then items: ``[V, D]``."""
-        x = all_rows(self.table)
+        x = all_rows(self.table) if rows is None else rows
         total = x
         for _ in range(self.layers):
             x = _Propagate.apply(self.adjacency, x)
@@ -84,11 +107,16 @@ class LightGCN(nn.Module):
         user, positive, negative = batch[0], batch[1] + self.users, batch[2] + self.users
         rows = torch.cat([user, positive, negative])
         if self.layers == 0:
-            own = chosen = self.table(rows)
+            chosen = self.table(rows)
+            of_user, of_positive, of_negative = chosen.chunk(3)
+            margins, squares = (of_user * (of_negative - of_positive)).sum(1), chosen.square().sum()
         else:
-            own, chosen = self.table(rows), functional.embedding(rows, self.vectors())
-        penalty = own.square().sum() / (2 * len(user))
-        return bpr_loss(*chosen.chunk(3)) + decay * penalty
+            table = all_rows(self.table)
+            margins = _Margins.apply(self.vectors(table), user, positive, negative)
+            # once for each row and how often it is in the batch
+            squares = rows.bincount(minlength=len(table)).to(table.dtype) @ table.square().sum(1)
+        penalty = squares / (2 * len(user))
+        return bpr_loss(margins) + decay * penalty
 
     @torch.no_grad()
     def ranker(self) -> Callable[[Tensor], Tensor]:

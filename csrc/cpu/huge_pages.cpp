@@ -5,6 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 namespace recsparse {
+
+std::atomic<bool> outputs_on_huge_pages{true};
+
 namespace {
 
 #ifndef MADV_COLLAPSE
@@ -20,10 +23,16 @@ int64_t use_huge_pages(const Tensor& tensor) {
   return int64_t(pages.bytes);
 }
 
+void set_huge_pages(bool outputs) { outputs_on_huge_pages = outputs; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(recsparse, CPU, m) {
   m.impl("use_huge_pages", TORCH_BOX(&use_huge_pages));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(recsparse, CompositeExplicitAutograd, m) {
+  m.impl("set_huge_pages", TORCH_BOX(&set_huge_pages));
 }
 
 }  // namespace recsparse

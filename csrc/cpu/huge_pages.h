@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cstdint>
 
 #include "../check.h"
@@ -28,7 +29,9 @@ inline PageRange huge_pages_of(const Tensor& tensor) {
 // An output is often memory that malloc has just mapped, and touching that 4 KB at a time takes
 // longer than computing what goes there. To be called before anything is written.
 constexpr uintptr_t kLargeOutput = 2 * kHugePage;
+extern std::atomic<bool> outputs_on_huge_pages;  // set_huge_pages
 inline void expect_first_touch(const Tensor& output) {
+  if (!outputs_on_huge_pages.load(std::memory_order_relaxed)) return;
   const PageRange pages = huge_pages_of(output);
   if (pages.bytes >= kLargeOutput) madvise(pages.begin, pages.bytes, MADV_HUGEPAGE);
 }

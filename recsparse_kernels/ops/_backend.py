@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _native  # loads the libraries, so that torch.ops.recsparse is filled
 from .. import triton as triton_backend
+from .._gpu import gpu_name
 
 NAMESPACES = {"native": "recsparse", "triton": "recsparse_triton", "reference": "recsparse_reference"}
 BACKENDS = tuple(NAMESPACES)  # in order of preference
@@ -149,8 +150,10 @@ class Op:
         return backend
 
     def key(self, args: Sequence) -> tuple[str, torch.dtype, bool, str]:
-        """What a measured choice depends on: device type, dtype, is a gradient wanted, shape class."""
-        return (*self.device_and_dtype(args), _wants_grad(args), self.shape_class(*args))
+        """What a measured choice depends on: device (`device_name`), dtype, is a gradient wanted, shape class."""
+        device = next((arg.device for arg in args if isinstance(arg, Tensor)), torch.device("cpu"))
+        _, dtype = self.device_and_dtype(args)
+        return device_name(device), dtype, _wants_grad(args), self.shape_class(*args)
 
     @staticmethod
     def device_and_dtype(args: Sequence) -> tuple[str, torch.dtype]:
@@ -205,6 +208,11 @@ def add_test_backend(backend: str, namespace: str) -> None:
     for op in OPS.values():
         if _has_kernel(namespace, op.name, "CPU"):
             op._bind(backend, namespace)
+
+
+def device_name(device: torch.device) -> str:
+    """The device that a measured choice holds for: of a GPU its name, or else "cpu"."""
+    return (device.type == "cuda" and gpu_name(device)) or device.type
 
 
 def _has_kernel(namespace: str, name: str, key: str) -> bool:

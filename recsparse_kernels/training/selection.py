@@ -7,13 +7,19 @@ ranked by a hash of seed and position: the same choice for any chunk size, threa
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # scores read at a time: they and their keys stay in the cache
+from ..ops.selection import HISTOGRAM, MASK
+from ..reference.selection import signed
+
+CHUNK = 1 << 18  # scores read at a time: they stay in the cache
+GPU_CHUNK = 1 << 22  # on a GPU: enough to fill it
 _DIGIT_BITS = 11  # a histogram of 2048 counters is small beside a chunk
+_SEED_STEP = 0x9E3779B97F4A7C15  # between the tie keys of two seeds
 _LOW = -(1 << 63)
 
 
@@ -33,31 +39,64 @@ class ScoreStream:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
 
+    def chunks(self, begin: int = 0, end: int | None = None, name: str = "scores"):
+        """``(position of the first, scores)``, a chunk at a time."""
+        end = self.numel if end is None else end
+        size = CHUNK if self.device.type == "cpu" else GPU_CHUNK
+        for at in range(begin, end, size):
+            stop = min(at + size, end)
+            scores = self.chunk(at, stop)
+            if scores.shape != (stop - at,):
+                raise ValueError(f"{name}: wanted {stop - at} scores; got shape {tuple(scores.shape)}")
+            yield at, scores
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """Taken: keys above ``key``; and of those equal to it, tie keys of at least ``tie`` (None: no tie key)."""
+
+    key: int
+    tie: int | None
+
+
+_NOTHING = _Cut((1 << 63) - 1, None)
+
 
 @dataclasses.dataclass
 class Selection:
     """What was selected; masks are made on demand, so that they need never exist all at once."""
 
     counts: list[int]  # of each tensor of scores
-    _streams: list[ScoreStream]
-    _cuts: list["_Cut"]
-    _offsets: list[int]
-    _keys: Callable[[Tensor], Tensor]
-    _seed: int
+    _streams: list["_Keyed"]
+    _cuts: list[_Cut]
 
     def mask(self, index: int, begin: int = 0, end: int | None = None) -> Tensor:
         """Bool ``[end - begin]``: which of scores ``begin:end`` of one tensor are selected."""
-        stream, cut = self._streams[index], self._cuts[index]
-        end = stream.numel if end is None else end
-        out = torch.empty(end - begin, dtype=torch.bool, device=stream.device)
-        for at in range(begin, end, CHUNK):
-            stop = min(at + CHUNK, end)
-            key = self._keys(stream.chunk(at, stop))
-            out[at - begin : stop - begin] = cut.takes(key, self._offsets[index] + at, self._seed)
+        entry, cut = self._streams[index], self._cuts[index]
+        end = entry.stream.numel if end is None else end
+        out = torch.empty(end - begin, dtype=torch.bool, device=entry.stream.device)
+        for at, scores in entry.chunks(begin, end):
+            out[at - begin : at - begin + len(scores)] = MASK(scores, cut.key, cut.tie, entry.position(at))
         return out
 
     def masks(self) -> list[Tensor]:
         return [self.mask(i) for i in range(len(self._streams))]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keyed:
+    """A stream among others: its scores in the dtype of all, and where its tie keys begin."""
+
+    stream: ScoreStream
+    dtype: torch.dtype
+    first_position: int
+
+    def chunks(self, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        for at, scores in self.stream.chunks(begin, end):
+            yield at, scores.to(self.dtype) if self.dtype == torch.float64 else scores
+
+    def position(self, at: int) -> int:
+        return signed(self.first_position + at)
 
 
 def select_largest(
@@ -85,21 +124,20 @@ def select_largest(
     single = isinstance(scores, (Tensor, ScoreStream))
     streams = [_stream(entry) for entry in ([scores] if single else scores)]
     names = list(names) if names is not None else [f"scores[{i}]" for i in range(len(streams))]
-    wide = torch.float64 if any(s.dtype == torch.float64 for s in streams) else torch.float32
-    keys, bits = (_keys64, 64) if wide == torch.float64 else (_keys32, 32)
     eligible = [_eligible(stream, name) for stream, name in zip(streams, names, strict=True)]
     least = [0] * len(streams) if minimum is None else list(minimum)
     most = list(eligible) if maximum is None else [min(m, e) for m, e in zip(maximum, eligible, strict=True)]
     _check_bounds(count, least, most, eligible, names)
 
-    offsets = [0]
+    dtype = torch.float64 if any(s.dtype == torch.float64 for s in streams) else torch.float32
+    keyed, position = [], seed * _SEED_STEP
     for stream in streams:
-        offsets.append(offsets[-1] + stream.numel)
-    selection = Selection([0] * len(streams), streams, [_Cut(0, None)] * len(streams), offsets, keys, seed)
+        keyed.append(_Keyed(stream, dtype, position))
+        position += stream.numel
+    selection = Selection([0] * len(streams), keyed, [_NOTHING] * len(streams))
 
     def cut_at(pool: list[int], wanted: int) -> None:
-        readers = [(streams[i], offsets[i], keys) for i in pool]
-        cut = _find_cut(readers, bits, wanted, seed)
+        cut = _find_cut([keyed[i] for i in pool], wanted)
         for i in pool:
             selection._cuts[i] = cut
             selection.counts[i] = wanted if len(pool) == 1 else _count(selection, i)
@@ -134,16 +172,12 @@ def _stream(entry: Tensor | ScoreStream) -> ScoreStream:
 
 def _eligible(stream: ScoreStream, name: str) -> int:
     found = 0
-    for begin in range(0, stream.numel, CHUNK):
-        end = min(begin + CHUNK, stream.numel)
-        part = stream.chunk(begin, end)
-        if part.shape != (end - begin,):
-            raise ValueError(f"{name}: wanted {end - begin} scores; got shape {tuple(part.shape)}")
+    for begin, part in stream.chunks(name=name):
         low = float(part.min())  # NaN if there is one
         if low != low:
-            nans = int(part.isnan().sum())
+            nans, end = int(part.isnan().sum()), begin + len(part)
             raise ValueError(f"{name} must not hold NaN; got {nans} in elements {begin} to {end}")
-        found += end - begin - (int((part == -torch.inf).sum()) if low == -torch.inf else 0)
+        found += len(part) - (int((part == -torch.inf).sum()) if low == -torch.inf else 0)
     return found
 
 
@@ -166,114 +200,54 @@ def _few(names, numbers) -> str:
     return text + (", ..." if len(names) > 8 else "")
 
 
-# -- keys: integers in the order of the scores ---------------------------------------------------------------
-
-
-def _keys32(scores: Tensor) -> Tensor:
-    bits = (scores.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0: -0 becomes 0
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats count down
-
-
-def _keys64(scores: Tensor) -> Tensor:
-    bits = (scores.to(torch.float64) + 0.0).view(torch.int64)
-    return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-
-
-def _tie_keys(begin: int, length: int, seed: int, device) -> Tensor:
-    """A permutation of all 64-bit integers (the finalizer of splitmix64), at ``begin + seed * odd``."""
-    x = torch.arange(begin, begin + length, dtype=torch.int64, device=device)
-    x = x + _signed(seed * 0x9E3779B97F4A7C15)
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _signed(number: int) -> int:
-    number &= 0xFFFFFFFFFFFFFFFF
-    return number - (1 << 64) if number >> 63 else number
-
-
-def _shifted(x: Tensor, places: int) -> Tensor:
-    """Shift right, filling with zeros."""
-    return (x >> places) & ((1 << (64 - places)) - 1)
-
-
 # -- cuts ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """Taken: keys above ``key``; and of those equal to it, tie keys of at least ``tie`` (None: no tie key)."""
-
-    key: int
-    tie: int | None
-
-    def takes(self, key: Tensor, begin: int, seed: int) -> Tensor:
-        above = key > self.key
-        if self.tie is None:
-            return above
-        equal = key == self.key
-        if self.tie == _LOW:
-            return above | equal
-        return above | (equal & (_tie_keys(begin, len(key), seed, key.device) >= self.tie))
-
-
-def _find_cut(readers, bits: int, count: int, seed: int) -> _Cut:
+def _find_cut(pool: list[_Keyed], count: int) -> _Cut:
     if count == 0:
-        return _Cut((1 << (bits - 1)) - 1, None)
+        return _NOTHING
 
-    def scores():
-        for stream, _, keys in readers:
-            for begin in range(0, stream.numel, CHUNK):
-                yield keys(stream.chunk(begin, min(begin + CHUNK, stream.numel)))
+    def histogram(ties_of: int | None, shift: int, width: int, first: int) -> Tensor:
+        counts = None
+        for entry in pool:
+            for at, scores in entry.chunks():
+                part = HISTOGRAM(scores, ties_of, entry.position(at), shift, width, first)
+                counts = part if counts is None else counts.add_(part)
+        return counts.cpu()
 
-    key, missing, size = _radix(scores, bits, count)
+    bits = 64 if pool[0].dtype == torch.float64 else 32
+    key, missing, size = _radix(functools.partial(histogram, None), bits, count)
     if missing == size:
         return _Cut(key, _LOW)
-
-    def ties():
-        for stream, offset, keys in readers:
-            for begin in range(0, stream.numel, CHUNK):
-                equal = keys(stream.chunk(begin, min(begin + CHUNK, stream.numel))) == key
-                if bool(equal.any()):
-                    yield _tie_keys(offset + begin, len(equal), seed, equal.device)[equal]
-
-    tie, _, _ = _radix(ties, 64, missing)
+    tie, _, _ = _radix(functools.partial(histogram, key), 64, missing)
     return _Cut(key, tie)
 
 
-def _radix(chunks: Callable, bits: int, count: int) -> tuple[int, int, int]:
+def _radix(histogram: Callable[[int, int, int], Tensor], bits: int, count: int) -> tuple[int, int, int]:
     """A key that ``count`` keys or more are at least; how many are needed of those at it, and how many are.
 
     The two numbers are equal where all keys from this one on are needed.
     """
-    prefix, missing, size, shift = 0, count, 0, bits
+    first, missing, size, shift = -1, count, 0, bits
     while shift:
-        top, width = shift == bits, min(_DIGIT_BITS, shift)
+        width = min(_DIGIT_BITS, shift)
+        # keys are signed: the first digits begin below zero
+        first = -(1 << (width - 1)) if shift == bits else first << width
         shift -= width
-        digits = 1 << width
-        histogram = None
-        for key in chunks():
-            if top:
-                digit = (key >> shift) + digits // 2  # the sign bit leads
-            else:
-                digit = (key[(key >> (shift + width)) == prefix] >> shift) & (digits - 1)
-            counts = torch.bincount(digit, minlength=digits)
-            histogram = counts if histogram is None else histogram.add_(counts)
-        histogram = histogram.cpu()
-        above = histogram.flip(0).cumsum(0).flip(0) - histogram  # in higher buckets
-        digit = int(((above < missing) & (above + histogram >= missing)).nonzero()[0])
+        counts = histogram(shift, width, first)
+        above = counts.flip(0).cumsum(0).flip(0) - counts  # in higher buckets
+        digit = int(((above < missing) & (above + counts >= missing)).nonzero()[0])
         missing -= int(above[digit])
-        size = int(histogram[digit])
-        prefix = digit - digits // 2 if top else prefix << width | digit
+        size = int(counts[digit])
+        first += digit
         if missing == size:  # the whole bucket, whatever its lower digits
-            return prefix << shift, missing, size
-    return prefix, missing, size
+            break
+    return first << shift, missing, size
 
 
 def _count(selection: Selection, index: int) -> int:
-    stream = selection._streams[index]
+    entry, cut = selection._streams[index], selection._cuts[index]
     return sum(
-        int(selection.mask(index, begin, min(begin + CHUNK, stream.numel)).count_nonzero())
-        for begin in range(0, stream.numel, CHUNK)
+        int(MASK(scores, cut.key, cut.tie, entry.position(at)).count_nonzero())
+        for at, scores in entry.chunks()
     )

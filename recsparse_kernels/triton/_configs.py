@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from .._gpu import gpu_name
 from .._store import cache_folder, read_json, write_json
 from .._timing import interleaved
 
@@ -63,16 +62,6 @@ class Configs:
 
 
 # -- what was measured --------------------------------------------------------------------------------------
-
-
-def gpu_name() -> str | None:
-    """Of the current GPU; None without one."""
-    if not torch.cuda.is_initialized():
-        return None
-    return _name_of(torch.cuda.current_device())
-
-
-_name_of = functools.cache(torch.cuda.get_device_name)
 
 
 def cache_path() -> Path:

@@ -49,6 +49,7 @@ WEIGHT_GRAD_CONFIGS = Configs(
     "weight_grad",
     {
         "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
+        "rank 64, p or q changed": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
         "rank 128": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
         "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
         "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
@@ -260,7 +261,7 @@ def _weight_grad_kernel(
                 scale = tl.load(scale_ptr + b, mask=b_inside, other=0.0)
                 weighted = weighted * scale[:, None]
             sums += tl.sum(weighted, axis=0)
-    out_at = part * N * R + n[:, None] * stride_n + r[None, :] * stride_r
+    out_at = part * N * R + n[:, None] * stride_n + r.to(tl.int64)[None, :] * stride_r
     out_mask = n_inside[:, None] & r_inside[None, :]
     tl.store(out_ptr + out_at, cast(acc, out_ptr.dtype.element_ty), mask=out_mask)
     if sums_ptr is not None:
@@ -290,7 +291,11 @@ def weight_grad(
     """
     (B, N), R = p.shape, q.shape[1]
     name = "rank 64" if R <= 64 else "rank 128"
-    config = WEIGHT_GRAD_CONFIGS[name + ", float32" * (p.element_size() == 4)]
+    if p.element_size() == 4:
+        name += ", float32"
+    elif R <= 64 and (load != PLAIN.value or q_activation):
+        name += ", p or q changed"
+    config = WEIGHT_GRAD_CONFIGS[name]
     block_r = min(WEIGHT_GRAD_RANK, max(16, triton.next_power_of_2(R)))
     tiles_n, tiles_r = triton.cdiv(N, config["BLOCK_N"]), max(1, triton.cdiv(R, block_r))
     # parts take [S, N, R] float32: no more than p, [B, N], does

@@ -11,7 +11,8 @@ target: types from the tensors, and the attributes that Triton's own JIT gives t
 divisible by 16 and to integers equal to 1.
 
 The exit status is 1 when a launch does not compile, wants more shared memory than a block of the target
-may have or spills registers, and when a kernel is launched by no case.
+may have, spills registers or forms addresses in too few bits (_addresses.py), and when a kernel is launched
+by no case.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import types
 from collections.abc import Iterable, Sequence
 
 import torch
+
+from ._addresses import narrow_products
 
 TARGETS = {  # name: (backend, architecture, threads of a warp)
     "sm_80": ("cuda", 80, 32),
@@ -95,12 +98,6 @@ class Resources:
     spilled: int = 0
     error: str = ""  # why it did not compile, or what it has too much of
 
-    def described(self) -> str:
-        if not self.registers:
-            return self.error
-        shared = f"{self.shared / 1024:.3g} KiB" if self.shared else "-"
-        return f"{self.registers}, {shared}" + (f", **{self.error}**" if self.error else "")
-
 
 def describe(kernel, args: Sequence, options: dict) -> Launch:
     """The `Launch` that Triton's JIT would make of ``kernel[grid](*args, **options)``."""
@@ -168,6 +165,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         faults.append(f"tensor memory above {TENSOR_MEMORY_COLUMNS} columns")
     if resources.spilled:
         faults.append(f"spills {resources.spilled} B")
+    if narrow := narrow_products(compiled.asm["ttir"]):
+        faults.append(f"multiplies sizes in 32 bits: {', '.join(narrow)}")
     resources.error = ", ".join(faults)
     return resources
 
@@ -267,24 +266,45 @@ def compile_all(launches: Sequence[Launch], targets: Sequence[str], jobs: int) -
     return [dict(zip(targets, results[i * len(targets) :], strict=False)) for i in range(len(launches))]
 
 
-def table(results: dict[str, list[tuple[Launch, dict[str, Resources]]]], targets: Sequence[str]) -> str:
-    """Markdown, one part for each family, one row for each launch."""
+def table(
+    results: dict[str, list[tuple[Launch, dict[str, Resources]]]], targets: Sequence[str], what: str
+) -> str:
+    """Markdown, one row for each kernel of a family: the worst of its launches.
+
+    Args:
+        what: which launches these are, in words.
+    """
     import triton
 
     lines = [
         "# Triton kernels, compiled ahead of time",
         "",
-        f"Written by `python -m recsparse_kernels.triton.compile --table`, triton {triton.__version__}. For each "
-        "target: registers a thread, shared memory a block; a spill or too much shared memory would show in bold.",
+        f"Written by `python -m recsparse_kernels.triton.compile --table`, triton {triton.__version__}: {what}. "
+        "For each target the most registers a thread and shared memory a block that a launch of the kernel takes; "
+        "in bold the launches with a fault: a spill, too much shared memory, addresses in too few bits.",
     ]
-    head = ["kernel", "tensors; constants", "warps", "stages", *targets]
+    head = ["kernel", "launches", "warps", *targets]
     for family, rows in results.items():
         lines += ["", f"## {family}", "", _row(head), _row(["---"] * len(head))]
+        kernels: dict[str, list[tuple[Launch, dict[str, Resources]]]] = {}
         for launch, resources in rows:
-            options = [str(launch.options.get(name, "default")) for name in ("num_warps", "num_stages")]
-            cells = [resources[target].described() for target in targets]
-            lines.append(_row([f"`{launch.name}`", launch.described(), *options, *cells]))
+            kernels.setdefault(launch.name, []).append((launch, resources))
+        for name, found in kernels.items():
+            warps = sorted({launch.options.get("num_warps", 4) for launch, _ in found})
+            cells = [_worst([resources[target] for _, resources in found]) for target in targets]
+            lines.append(_row([f"`{name}`", str(len(found)), ", ".join(map(str, warps)), *cells]))
     return "\n".join(lines) + "\n"
+
+
+def _worst(found: list[Resources]) -> str:
+    shared = max(one.shared for one in found)
+    size = f"{shared / 1024:.3g} KiB" if shared else "-"
+    faults: dict[str, int] = {}
+    for one in found:
+        if one.error:
+            faults[one.error] = faults.get(one.error, 0) + 1
+    bold = "".join(f", **{count}: {error}**" for error, count in faults.items())
+    return f"{max(one.registers for one in found)}, {size}{bold}"
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -332,7 +352,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults += [f"{name} is launched by no case" for name in never_launched(files.values(), every)]
     if options.table:
         with open(options.table, "w") as file:
-            file.write(table(results, targets))
+            some = "each kernel, type and constant (block sizes aside) once (`--brief`)"
+            file.write(
+                table(results, targets, some if options.brief else "every configuration of every kernel")
+            )
     if options.json:
         rows = [
             {

@@ -51,7 +51,7 @@ def _sum_by_input_kernel(
     across = tl.cdiv(B, BLOCK_B)
     pid = tl.program_id(0)
     b = (pid % across) * BLOCK_B + tl.arange(0, BLOCK_B)
-    part = (pid // across) % PARTS
+    part = ((pid // across) % PARTS).to(tl.int64)
     column = (pid // across // PARTS).to(tl.int64)
     begin = tl.load(starts_ptr + column)
     end = tl.load(starts_ptr + column + 1)
@@ -68,7 +68,7 @@ def _sum_by_input_kernel(
         else:
             narrow = entry.to(tl.int32)  # a chunk's entries are few: no division of 64 bits
             row = narrow // F
-            f = narrow - row * F
+            f = narrow % F
             for member in range(0, G):
                 label = row.to(tl.int64) * G + member
                 live = (e < end) & (label < labels)

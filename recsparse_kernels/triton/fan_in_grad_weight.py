@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.fan_in import ADAMW, SGD
 from ._configs import Configs
 from ._device import device_function
-from ._launch import launch
+from ._launch import NO_SPILL, launch
 from ._precision import cast, dot
 from .fan_in_random import GOLDEN, halves, hash64, mix32
 from .fan_in_tiles import Chunk, Tiles, load_inputs
@@ -34,7 +34,7 @@ GROUP_CONFIGS = Configs(
     "fan_in_grad_weight",
     {
         "group of 16": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=2),
-        "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
+        "group of 32": dict(BLOCK_O=32, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2, **NO_SPILL),
         "group of 64": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=64, num_warps=8, num_stages=2),
     },
 )

@@ -115,7 +115,7 @@ class Tiles:
         """Constants of the kernels built on `logits_tile`, and how to launch them."""
         config = dict(self.config)
         if weight.element_size() == 4:  # no tensor cores: tl.dot holds BLOCK_F operands in registers
-            config["BLOCK_F"], config["num_stages"] = min(32, config["BLOCK_F"]), min(2, config["num_stages"])
+            config["BLOCK_F"], config["num_stages"] = 16, min(2, config["num_stages"])
         return {
             **config, "UNROLL": UNROLL,
             "GROUPED": self.grouped, "HAS_BIAS": bias is not None,

@@ -22,7 +22,7 @@ from ..reference.low_rank import NEEDS_BIAS, NEEDS_DOWN, NEEDS_INPUT, NEEDS_MID_
 from . import _linear as tiled
 from ._activation import activate, slope, slope_of_output
 from ._configs import Configs
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 from ._linear import linear, weight_grad
 from ._precision import cast, dot
 
@@ -33,7 +33,7 @@ CONFIGS = Configs(
     "low_rank",
     {
         "few rows": dict(BLOCK_B=16, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
-        "many rows": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3),
+        "many rows": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=4, num_stages=3, **NO_SPILL),
         "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
         "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
         "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2),

@@ -20,7 +20,7 @@ from ..config import get_check_indices
 from ..reference.low_rank_embedding import MEAN, SUM
 from ._configs import Configs
 from ._device import device_function
-from ._launch import checked_indices, launch, launcher
+from ._launch import NO_SPILL, checked_indices, launch, launcher
 from ._linear import linear, weight_grad
 from ._precision import cast, dot
 from ._segments import Runs, sum_runs
@@ -31,7 +31,7 @@ CONFIGS = Configs(
     {
         # UNROLL lookups of a bag are in flight at a time; a single lookup has no more than one
         "bags": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=2),
-        "single lookups": dict(BLOCK_B=64, BLOCK_D=64, UNROLL=1, num_warps=4),
+        "single lookups": dict(BLOCK_B=64, BLOCK_D=64, UNROLL=1, num_warps=4, **NO_SPILL),
         "bags, rank 128": dict(BLOCK_B=16, BLOCK_D=64, UNROLL=4, num_warps=4),
         "single lookups, rank 128": dict(BLOCK_B=32, BLOCK_D=64, UNROLL=1, num_warps=4),
         "bags, float32": dict(BLOCK_B=16, BLOCK_D=32, UNROLL=4, num_warps=2),

@@ -112,7 +112,7 @@ def _max_grad_up_kernel(
     UNROLL: tl.constexpr,
 ):
     # one program: BLOCK_D rows of up x BLOCK_R, over one part of the bags
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(2).to(tl.int64)
     acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)

@@ -40,6 +40,22 @@ def _wrong_kernel(input_ptr, BLOCK: tl.constexpr):
     tl.store(input_ptr, tl.arange(0, BLOCK + 1))
 
 
+@triton.jit
+def _addresses_kernel(input_ptr, output_ptr, rows, tiles, stride, NARROW: tl.constexpr, BLOCK: tl.constexpr):
+    # a row times its stride, and the programs of the first axis times BLOCK, pass 2**31 in a large tensor
+    pid, first = tl.program_id(0), tl.program_id(1)
+    if not NARROW:
+        pid, first = pid.to(tl.int64), first.to(tl.int64)
+    column = pid % tiles * BLOCK + tl.arange(0, BLOCK)
+    element = pid // tiles * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    begin = first * 0
+    for row in range(first, rows):
+        total += tl.load(input_ptr + begin + column, mask=column < stride, other=0.0)
+        begin = row * stride
+    tl.store(output_ptr + element, total)
+
+
 def sum_arguments():
     """Every kind of argument: tensors aligned and not, None, integers 1, 16 n, odd and wide, a float, a bool."""
     data = torch.empty(1024)
@@ -62,4 +78,11 @@ def compile_cases():
             _wide_kernel, (1,), data, data, data, 4096, BLOCK=128, BLOCK_K=128, num_warps=8, num_stages=5
         ),
     )
+    for narrow in (False, True):
+        yield (
+            f"addresses, narrow {narrow}",
+            lambda narrow=narrow: launch(
+                _addresses_kernel, (4, 4), data.float(), data.float(), 50, 7, 100, NARROW=narrow, BLOCK=64
+            ),
+        )
     yield "wrong", lambda: launch(_wrong_kernel, (1,), data, BLOCK=16)

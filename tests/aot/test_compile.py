@@ -92,13 +92,16 @@ def test_faults_are_found(triton):
     assert [name for name, _ in found] == ["_sum_kernel"] * 3 + [
         "_spilling_kernel",
         "_wide_kernel",
+        "_addresses_kernel",
+        "_addresses_kernel",
         "_wrong_kernel",
     ]
     errors = [resources["error"] for _, resources in found]
     assert errors[:3] == ["", "", ""]
     assert "spills" in errors[3]
     assert "shared memory above 163 KiB" in errors[4]
-    assert "does not compile" in errors[5]
+    assert errors[5] == "" and errors[6] == "multiplies sizes in 32 bits: begin, element"
+    assert "does not compile" in errors[7]
 
 
 def test_types_and_attributes_are_those_of_the_jit(triton):

@@ -39,6 +39,7 @@ HOT = {
     "fields_kernel": (),
     "group_logits_kernel": (),
     "group_grad_weight_kernel": (),
+    "group_fused_kernel": ("HMMA",),
     "group_grad_input_kernel": (),
     "label_logits_kernel": (),
     "label_grad_weight_kernel": (),

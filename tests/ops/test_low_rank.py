@@ -48,6 +48,19 @@ def test_linear(shape, dtype, backend):
 
 
 @on_backends
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(7, 37, 41, 53), (70, 64, 16, 64)], ids=str)
+def test_memory_that_begins_anywhere(shape, dtype, backend):
+    """Every tensor one element behind an aligned address: the same bits as from an aligned one."""
+    tensors = [t.to(dtype) for t in make_linear(*shape)]
+    moved = [torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape) for t in tensors]
+    *aligned, _ = tensors
+    *elsewhere, _ = moved
+    wanted = low_rank_linear(*aligned, backend=backend)
+    assert torch.equal(low_rank_linear(*elsewhere, backend=backend), wanted)
+
+
+@on_backends
 @on_dtypes
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
 @pytest.mark.parametrize("rows", [3, 50])
@@ -196,13 +209,17 @@ def test_opcheck(name):
     torch.library.opcheck(OPS["low_rank_cross_grad"].overload(name), (grad, x0, x, down, up, mid, bias, 55))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(compiler):
+@pytest.mark.parametrize(
+    "compiler, backend", [("aot_eager", None), ("inductor", None), ("aot_eager", "triton")]
+)
+def test_compile(compiler, backend):
+    if backend and backend not in OPS["low_rank_linear"].backends():
+        pytest.skip("there is no Triton")
     *tensors, grad = make_linear(19, 7, 5, 6)
 
     def both(input, down, up, mid_bias, bias):
-        y = low_rank_linear(input, down, up, mid_bias, bias, activation="relu")
-        return low_rank_cross(y, y, up.t().reshape(5, 6), up, bias)
+        y = low_rank_linear(input, down, up, mid_bias, bias, activation="relu", backend=backend)
+        return low_rank_cross(y, y, up.t().reshape(5, 6), up, bias, backend=backend)
 
     expected = run(both, tensors, grad, torch.float32)
     actual = run(torch.compile(both, fullgraph=True, backend=compiler), tensors, grad, torch.float32)

@@ -467,18 +467,22 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-def test_compile(sparse):
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_compile(sparse, backend):
+    if backend and backend not in OPS["low_rank_embedding_bag"].backends():
+        pytest.skip("there is no Triton")
+    options = dict(sparse=sparse, backend=backend)
     table, up, mean = make_table(29, 5, 21)
     indices, offsets = make_bags(29)
     ids, rows, starts, projections, bias, _ = make_fields(13, 4, 3, 5)
 
     def function(table, up, mean, rows, projections, bias):
-        pooled = low_rank_embedding_bag(indices, table, up, mean, offsets, padding_idx=4, sparse=sparse)
-        single = low_rank_embedding(indices, table, up, mean, sparse=sparse)
+        pooled = low_rank_embedding_bag(indices, table, up, mean, offsets, padding_idx=4, **options)
+        single = low_rank_embedding(indices, table, up, mean, **options)
         return (
             pooled,
             single,
-            *low_rank_fields(ids, rows, starts, projections, bias, interaction=True, sparse=sparse),
+            *low_rank_fields(ids, rows, starts, projections, bias, interaction=True, **options),
         )
 
     tensors = (table, up, mean, rows, projections, bias)

@@ -673,7 +673,7 @@ def test_whole_table_gradient_is_the_same_for_any_number_of_threads():
 # ---- torch.library ----
 
 
-@pytest.mark.parametrize("backend", ["native", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["native", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(backend, layout):
     if backend not in OPS["masked_embedding_bag"].backends():
@@ -730,23 +730,32 @@ def test_opcheck(backend, layout):
     )
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile(sparse, compiler):
-    if sparse and compiler == "inductor":
-        pytest.skip("one inductor case is enough: it is slow")
+@pytest.mark.parametrize(
+    "compiler, sparse, backend",
+    [
+        ("inductor", False, None),  # one is enough: it is slow
+        ("aot_eager", False, None),
+        ("aot_eager", True, None),
+        ("aot_eager", False, "triton"),
+        ("aot_eager", True, "triton"),
+    ],
+)
+def test_compile(compiler, sparse, backend):
+    if backend and backend not in OPS["masked_embedding_bag"].backends():
+        pytest.skip("there is no Triton")
     table, _ = make_table(30, 20)
     indices, offsets = make_bags(30, 6, 40)
 
     def run(values, weights, indices, offsets):
         own = table._replace(values=values)
         pooled = masked_embedding_bag(
-            indices, own, offsets, mode="sum", per_sample_weights=weights, padding_idx=2, sparse=sparse
-        )
+            indices, own, offsets,
+            mode="sum", per_sample_weights=weights, padding_idx=2, sparse=sparse, backend=backend,
+        )  # fmt: skip
         return (
             pooled.square().sum()
-            + masked_embedding(indices, own).sum()
-            + masked_embedding_matmul_t(pooled, own).sum()
+            + masked_embedding(indices, own, backend=backend).sum()
+            + masked_embedding_matmul_t(pooled, own, backend=backend).sum()
         )
 
     results = []

@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import recsparse_kernels as rk
-from recsparse_kernels import explain, tuning
+from recsparse_kernels import _gpu, explain, tuning
 from recsparse_kernels.nn._base import PackedModule
-from recsparse_kernels.ops._backend import MEASURED, OBSERVERS, OPS, Op
+from recsparse_kernels.ops._backend import MEASURED, OBSERVERS, OPS, Op, device_name
 
 
 def tuning_probe(input: Tensor, weight: Tensor) -> Tensor:
@@ -144,6 +145,66 @@ def test_other_machines_entries_are_kept_and_not_used(op, monkeypatch):
         "another machine",
         tuning.machine_class(),
     }
+
+
+GPUS = ["NVIDIA A100, compute capability 8.0", "NVIDIA H200, compute capability 9.0"]
+
+
+def entry_for(device, backend="reference", op="tuning_probe"):
+    return tuning.Entry(op, device, torch.float32, False, "128x8, 8", backend, {backend: 1.0})
+
+
+def test_a_gpus_entries_are_stored_under_its_name(op, monkeypatch):
+    tuning.save([entry_for(GPUS[0]), entry_for("cpu"), entry_for(GPUS[1], "native")])
+    machines = json.loads(tuning.cache_path().read_text())["machines"]
+    assert {name: [e["device"] for e in found] for name, found in machines.items()} == {
+        tuning.machine_class(): ["cpu"], GPUS[0]: [GPUS[0]], GPUS[1]: [GPUS[1]],
+    }  # fmt: skip
+    assert tuning.load() == 3
+    # another CPU, or another number of threads: what GPUs were measured for still holds
+    monkeypatch.setattr(tuning, "machine_class", lambda: "another machine")
+    assert tuning.load() == 2
+    assert [key[0] for key in MEASURED["tuning_probe"]] == GPUS
+
+
+def test_what_is_listed_under_another_machine_is_not_used(op):
+    path = tuning.save([entry_for("cpu")])
+    content = json.loads(path.read_text())
+    (found,) = content["machines"].values()
+    found[0]["device"] = "cuda"
+    content["machines"][GPUS[0]] = [{**found[0], "device": "cpu"}, {**found[0], "device": GPUS[1]}]
+    path.write_text(json.dumps(content))
+    assert tuning.load() == 0
+
+
+def test_a_call_looks_up_its_own_gpu(op, monkeypatch):
+    """Two GPUs in one process, each with its own entry; no GPU is here, so torch's answers are made up."""
+    capability = {0: (8, 0), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["NVIDIA A100", "NVIDIA H200"][i])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
+    _gpu._name_of.cache_clear()
+    try:
+        assert [_gpu.gpu_name(torch.device("cuda", i)) for i in (0, 1)] == GPUS
+        assert _gpu.gpu_name() == _gpu.gpu_name(torch.device("cuda")) == GPUS[1]
+        assert [device_name(torch.device(d)) for d in ("cuda:0", "cuda:1", "cpu")] == [*GPUS, "cpu"]
+        monkeypatch.setattr(op, "backends", lambda device, dtype: ("native", "reference"))
+        tuning.save([entry_for(GPUS[0])])
+        tuning.load()
+        with FakeTensorMode(), torch.no_grad():
+            picked = [
+                op.pick((torch.empty(100, 8, device=f"cuda:{i}"), torch.empty(8, device=f"cuda:{i}")))
+                for i in (0, 1)
+            ]
+        assert picked == ["reference", "native"]
+    finally:
+        _gpu._name_of.cache_clear()
+
+
+def test_without_a_gpu_none_is_named():
+    if not torch.cuda.is_initialized():
+        assert _gpu.gpu_name() is None and device_name(torch.device("cuda")) == "cuda"
 
 
 @pytest.mark.parametrize(
