@@ -19,6 +19,9 @@
 // next. A tile goes through shared memory, transposed by stmatrix, and out by bulk stores where
 // these fit the rows of the output, else from the registers. Sums that are split in depth go to
 // global memory in float32.
+//
+// Not yet run on such a GPU: what it computes is checked against models of the instructions, after
+// the PTX ISA; tiles and stages are chosen by counting bytes and products, not by time.
 #pragma once
 
 #include "ptx_sm90.h"

@@ -75,6 +75,13 @@ def test_grouped_kernels_are_on_tensor_cores(kernels, name):
 
 
 @needs_cuobjdump
+def test_products_of_a_warpgroup_are_not_serialised(kernels):
+    """Where the compiler cannot tell that products may overlap, it waits after each."""
+    mine = [k for k in kernels if k.name == "sparse_linear_sm90_kernel"]
+    assert mine and all(k.instructions["WARPGROUP.DEPBAR"] < k.instructions["HGMMA.SP"] for k in mine)
+
+
+@needs_cuobjdump
 def test_the_table_has_a_line_for_each_kernel_and_architecture(kernels):
     lines = cuda_resources.table(kernels).splitlines()
     assert len(lines) == 2 + len({(k.name, k.arch) for k in kernels})

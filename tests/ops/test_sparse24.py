@@ -285,13 +285,14 @@ HOPPER_SHAPES = [
     (300, 120, 130),
     (520, 120, 130),
 ]
-hopper = pytest.mark.skipif("cuda" not in BACKENDS, reason="the CUDA kernels are not built for the CPU")
-hopper_backends = pytest.mark.parametrize("backend", ["reference", "cuda-90"], indirect=True)
+HOPPER = ["cuda-90"] if "cuda" in BACKENDS else []
+on_hopper = pytest.mark.parametrize("backend", HOPPER, indirect=True)
+on_hopper_and_reference = pytest.mark.parametrize("backend", ["reference", *HOPPER], indirect=True)
 
 
-def launched():
+def launched(backend="cuda"):
     """Names of the CUDA kernels run since the last call."""
-    return torch.ops.recsparse_cuda_on_cpu.launched().split()
+    return torch.ops.recsparse_cuda_on_cpu.launched().split() if backend == "cuda" else []
 
 
 def check_sparse24_linear(case, activation, backend):
@@ -306,18 +307,16 @@ def check_sparse24_linear(case, activation, backend):
     return actual
 
 
-@hopper
-@hopper_backends
+@on_hopper_and_reference
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
 def test_tiles_and_parts_of_hopper(shape, dtype, backend):
-    launched()
+    launched(backend)
     check_sparse24_linear(make_case(*shape, dtype=dtype), "gelu", backend)
-    assert ("sparse24_linear_sm90" in launched()) == (backend == "cuda")
+    assert ("sparse24_linear_sm90" in launched(backend)) == (backend == "cuda")
 
 
-@hopper
-@hopper_backends
+@on_hopper_and_reference
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_hopper_activations_and_gradients(activation, backend):
     case = make_case(9, 120, 40, dtype=torch.bfloat16)
@@ -330,18 +329,20 @@ def test_hopper_activations_and_gradients(activation, backend):
         assert_close(name, *three)
 
 
-@hopper
-@pytest.mark.parametrize("backend", ["cuda-90"], indirect=True)
-def test_hopper_without_bias_or_sum_and_twice_the_same(backend):
-    input, values, metadata, _, _ = make_case(70, 128, 72, dtype=torch.bfloat16)
-    results = [ops.sparse24_linear(input, values, metadata, None, backend=backend) for _ in range(2)]
-    assert torch.equal(*results)
+@on_hopper
+def test_hopper_without_bias_or_sum_and_in_any_order_the_same(backend):
+    input, values, metadata, _, _ = make_case(70, 256, 72, dtype=torch.bfloat16)
+    results = []
+    for order in (0, 1, 2):  # of the threads, and of the copies' ends: forward, reversed, random
+        torch.ops.recsparse_cuda_on_cpu.set_order(order, 7)
+        results.append(ops.sparse24_linear(input, values, metadata, None, backend=backend))
+    torch.ops.recsparse_cuda_on_cpu.set_order(0, 0)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     zero = torch.zeros(72, dtype=torch.bfloat16)
     assert torch.equal(results[0], ops.sparse24_linear(input, values, metadata, zero, backend=backend))
 
 
-@hopper
-@pytest.mark.parametrize("backend", ["cuda-90"], indirect=True)
+@on_hopper
 @pytest.mark.parametrize("why", ["rows", "metadata", "offset", "asked"])
 def test_hopper_takes_the_other_kernel_where_bulk_copies_cannot_go(why, backend):
     case = list(make_case(9, {"rows": 127, "metadata": 136}.get(why, 128), 24, dtype=torch.bfloat16))
