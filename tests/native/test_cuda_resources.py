@@ -26,6 +26,7 @@ HOT = {
     "product_kernel": (),
     "matmul_kernel": (),
     "sparse_linear_kernel": ("HMMA.SP",),
+    "sparse_linear_sm90_kernel": ("HGMMA.SP", "UBLKCP"),
     "linear_rows_kernel": (),
     "expanded_product_kernel": (),
     "prune_kernel": (),
@@ -72,6 +73,13 @@ def test_hot_kernels_do_not_spill(kernels, name):
 def test_grouped_kernels_are_on_tensor_cores(kernels, name):
     mine = [k for k in kernels if k.name == name and "<float" not in k.instance]
     assert mine and all(k.instructions["HMMA"] for k in mine)
+
+
+@needs_cuobjdump
+def test_products_of_a_warpgroup_are_not_serialised(kernels):
+    """Where the compiler cannot tell that products may overlap, it waits after each."""
+    mine = [k for k in kernels if k.name == "sparse_linear_sm90_kernel"]
+    assert mine and all(k.instructions["WARPGROUP.DEPBAR"] < k.instructions["HGMMA.SP"] for k in mine)
 
 
 @needs_cuobjdump
