@@ -21,6 +21,15 @@ NO_SPILL = {"ptx_options": "--minnctapersm=1"}
 _recorded: list | None = None
 
 
+def hip_options(options: dict) -> dict:
+    """The options of `launch` as they are for AMD GPUs: no ptxas, and 64 KiB of shared memory, which two
+    stages of our largest tiles fit in."""
+    kept = {name: value for name, value in options.items() if name not in NO_SPILL}
+    if "num_stages" in kept:
+        kept["num_stages"] = min(2, kept["num_stages"])
+    return kept
+
+
 def launcher(function: Callable) -> Callable:
     """Registers the Triton implementation of the op of the same name; signature as in ``reference``."""
     LAUNCHERS[function.__name__] = function
@@ -38,7 +47,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     if 0 in grid:
         return
     if INTERPRETED or torch.version.hip:
-        options = {name: value for name, value in options.items() if name not in NO_SPILL}
+        options = hip_options(options)
     first = next(arg for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](*args, **options)

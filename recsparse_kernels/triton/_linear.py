@@ -49,7 +49,7 @@ WEIGHT_GRAD_CONFIGS = Configs(
     "weight_grad",
     {
         "rank 64": dict(BLOCK_N=64, BLOCK_B=64, num_warps=4, num_stages=3),
-        "rank 64, p or q changed": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
+        "rank 64, p or q changed": dict(BLOCK_N=64, BLOCK_B=32, num_warps=4, num_stages=3),
         "rank 128": dict(BLOCK_N=64, BLOCK_B=64, num_warps=8, num_stages=3),
         "rank 64, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),
         "rank 128, float32": dict(BLOCK_N=32, BLOCK_B=16, num_warps=4, num_stages=2),

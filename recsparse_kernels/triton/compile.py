@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ._addresses import narrow_products
+from ._launch import hip_options
 
 TARGETS = {  # name: (backend, architecture, threads of a warp)
     "sm_80": ("cuda", 80, 32),
@@ -141,22 +142,20 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = list(launch.signature)
+    names, hip = list(launch.signature), TARGETS[target][0] == "hip"
     source = ASTSource(
         launch.kernel,
         launch.signature,
         {(names.index(name),): value for name, value in launch.constants.items()},
         {(names.index(name),): _ALIGNED for name in launch.aligned},
     )
+    options = hip_options(launch.options) if hip else launch.options
     try:
-        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+        compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     except Exception as error:  # whatever the compiler raises is the finding
         text = " ".join(str(error).split())
         return Resources(error=f"does not compile: {type(error).__name__}: ... {text[-400:]}")
-    if TARGETS[target][0] == "cuda":
-        resources = _cubin_resources(compiled.asm["cubin"])
-    else:
-        resources = _amdgcn_resources(compiled.asm["amdgcn"])
+    resources = _amdgcn_resources(compiled.asm["amdgcn"]) if hip else _cubin_resources(compiled.asm["cubin"])
     resources.shared = compiled.metadata.shared
     faults = []
     if resources.shared > SHARED_LIMIT[target]:

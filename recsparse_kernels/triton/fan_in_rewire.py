@@ -25,7 +25,7 @@ from .fan_in_cases import layers
 from .fan_in_random import GOLDEN, ROUND, halves, hash64, hashed, whole
 
 BINS = 256
-SELECT_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
+SELECT_CONFIG = dict(BLOCK=1024, num_warps=8, num_stages=1)
 ROW_CONFIG = dict(BLOCK=64, num_warps=4, num_stages=1)  # two positions of a row against each other
 RESET_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 
