@@ -15,8 +15,11 @@ using Rows64 = WarpgroupShape<64, 4, 128, 4, 32, 1>;
 using Rows128 = WarpgroupShape<128, 2, 64, 6, 64, 2>;
 using Rows256 = WarpgroupShape<256, 2, 64, 4, 64, 2>;
 
-template <class Shape, class T>
+template <class Shape, int kIndex, class T>
 void launch_shape(const LinearCall<T>& call, const LinearOutput<T>& to, const WarpgroupPlan& plan) {
+  static_assert(
+      kWarpgroupTiles[kIndex].b == Shape::kBlockB && kWarpgroupTiles[kIndex].o == Shape::kBlockO,
+      "the plan counted tiles of this size");
   const auto& [stream, input, weight, whole, elements] = call;
   const TensorMap values = tensor_map(
       weight.values, {weight.rows, 4 * weight.row_bytes, 4 * weight.row_bytes * int64_t(sizeof(T)),
@@ -45,11 +48,11 @@ template <class T>
 void launch_warpgroups(const LinearCall<T>& call, const LinearOutput<T>& to,
                        const WarpgroupPlan& plan) {
   switch (plan.shape) {
-    case 0: return launch_shape<Rows16>(call, to, plan);
-    case 1: return launch_shape<Rows32>(call, to, plan);
-    case 2: return launch_shape<Rows64>(call, to, plan);
-    case 3: return launch_shape<Rows128>(call, to, plan);
-    default: return launch_shape<Rows256>(call, to, plan);
+    case 0: return launch_shape<Rows16, 0>(call, to, plan);
+    case 1: return launch_shape<Rows32, 1>(call, to, plan);
+    case 2: return launch_shape<Rows64, 2>(call, to, plan);
+    case 3: return launch_shape<Rows128, 3>(call, to, plan);
+    default: return launch_shape<Rows256, 4>(call, to, plan);
   }
 }
 template void launch_warpgroups(const LinearCall<bf16>&, const LinearOutput<bf16>&,
