@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from recsparse_kernels import use_huge_pages
+from recsparse_kernels.nn import MaskedEmbeddingBag, MaskedFields
 from recsparse_kernels.ops.masked_embedding import (
     FusedOptimizer,
     masked_embedding_bag,
@@ -240,4 +241,39 @@ def test_matmul_t(batch, benchmark):
                 "ours": spin(lambda x: masked_embedding_matmul_t(x, table)),
             },
             dense="F.linear", check=check, benchmark=benchmark, dense_flops=2 * batch * V * D,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [16, 2048])
+def test_many_tables(batch, benchmark):
+    """The 26 tables of a click-through model, one row each: a lookup in all at once, and one by one."""
+    V, D, density, tables = 40_000, 64, 0.2, 26
+    torch.manual_seed(0)
+    fields = MaskedFields([V] * tables, D, density=density)
+    dense = fields.to_dense()
+    alone = [MaskedEmbeddingBag.from_dense(t) for t in dense]
+    offsets = torch.arange(batch)
+    spin = functools.partial(
+        rotating, lambda i: (torch.randint(V, (batch, tables)),), bytes_each=batch * tables * 8
+    )
+
+    def one_by_one(layers):
+        return lambda rows: torch.stack(
+            [t(r, offsets) for t, r in zip(layers, rows.unbind(1), strict=True)], 1
+        )
+
+    def check():
+        rows = torch.randint(V, (batch, tables))
+        assert torch.equal(fields(rows), one_by_one(dense)(rows))
+
+    with torch.no_grad():
+        compare(
+            Case("masked_fields", "forward", f"{tables} tables V={V} D={D} density={density} B={batch}",
+                 density=density),
+            {
+                "nn.EmbeddingBag": spin(one_by_one(dense)),
+                "MaskedEmbeddingBag": spin(one_by_one(alone)),
+                "ours": spin(fields),
+            },
+            dense="nn.EmbeddingBag", check=check, benchmark=benchmark,
         )  # fmt: skip

@@ -23,12 +23,14 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "recsparse_kernels" / "_native_cuda.so"
 TABLE = ROOT / "bench" / "results" / "cuda_resources.md"
 
-# SASS mnemonics worth naming: tensor cores (dense, 2:4, warpgroup, warpgroup 2:4), their loads, copies
+# SASS mnemonics worth naming: tensor cores (dense, 2:4, warpgroup, warpgroup 2:4), waits for a warpgroup's
+# products, their loads, copies
 INSTRUCTIONS = {
     "HMMA": re.compile(r"\bHMMA\.(?!SP)"),
     "HMMA.SP": re.compile(r"\bHMMA\.SP"),
     "HGMMA": re.compile(r"\bHGMMA\.(?!.*\bSP\b)"),
     "HGMMA.SP": re.compile(r"\bHGMMA\..*SP"),
+    "WARPGROUP.DEPBAR": re.compile(r"\bWARPGROUP\.DEPBAR"),
     "LDSM": re.compile(r"\bLDSM"),
     "LDGSTS": re.compile(r"\bLDGSTS"),
     "UBLKCP": re.compile(r"\bUBLKCP|\bUTMALDG"),

@@ -177,8 +177,20 @@ def bench_sparse24(report: Report, B: int, I: int, O: int) -> None:
     candidates = {"F.linear": lambda: linear(x)}
     for peer in ("cusparselt", "cutlass"):
         candidates[f"torch-{peer}"] = _semi_structured(peer, module.to_dense().weight, x)
-    candidates |= ours("sparse24_linear", x.dtype, product)
+    own = ours("sparse24_linear", x.dtype, product)
+    candidates |= own
+    if "ours-native" in own and torch.cuda.get_device_capability() == (9, 0):
+        candidates["ours-native-mma.sp"] = functools.partial(without_warpgroups, own["ours-native"])
     compare(report, "sparse24", f"B={B} I={I} O={O} bf16", candidates, "F.linear")
+
+
+def without_warpgroups(call: Callable[[], object]) -> object:
+    """The call on the 2:4 kernel of other GPUs (mma.sp), where Hopper would take its own (wgmma.sp)."""
+    before = torch.ops.recsparse.sparse24_use_warpgroups(False)
+    try:
+        return call()
+    finally:
+        torch.ops.recsparse.sparse24_use_warpgroups(before)
 
 
 def _semi_structured(peer: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:

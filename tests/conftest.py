@@ -27,10 +27,18 @@ def seed():
 
 @pytest.fixture
 def backend(request):
-    """Parametrize with ``testing.backends(op)``, indirect: sets the instruction level, gives the backend."""
+    """Parametrize with ``testing.backends(op)``, indirect: sets the instruction level, gives the backend.
+
+    "cuda-90" runs the CUDA kernels on the CPU as host code picks them for that architecture.
+    """
     name, _, level = request.param.partition("-")
     if not level:
         yield name
+        return
+    if name == "cuda":
+        torch.ops.recsparse_cuda_on_cpu.set_architecture(int(level))
+        yield name
+        torch.ops.recsparse_cuda_on_cpu.set_architecture(80)
         return
     with use_cpu_level(level):
         yield name

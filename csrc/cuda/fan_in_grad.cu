@@ -98,15 +98,18 @@ InputGradient<T>::InputGradient(const Stream& stream, const FanInTiles<T>& tiles
 }
 
 template <class T>
-void InputGradient<T>::add(const FanInChunk& chunk, const T* grad) {
-  const FanInLayer<T>& layer = tiles_.layer();
+void InputGradient<T>::add(const FanInChunk& chunk, const T* grad, const T* weight) {
+  FanInLayer<T> layer = tiles_.layer();
+  const int64_t first_weight = weight ? chunk.first_label : 0;
+  if (weight) layer.weight = weight;
   if (layer.in_features * layer.pitch == 0) return;
   if (slice_) {
     const int64_t slices = ceil_div(layer.pitch, slice_);
     const auto run = [&](auto kernel, int64_t stage) {
       launch(stream_, "fan_in_grad_input", kernel, {slabs_ * slices}, {slice_ / 8 * kWarp},
-             layer.in_features * slice_ * 4 + 2 * stage, layer, grad, chunk.first_label,
-             chunk.first_tile, chunk.tiles, int(slices), int(slice_), fresh_, partial_.get());
+             layer.in_features * slice_ * 4 + 2 * stage, layer, first_weight, grad,
+             chunk.first_label, chunk.first_tile, chunk.tiles, int(slices), int(slice_), fresh_,
+             partial_.get());
     };
     if (tiles_.m() == 1) {
       run(group_grad_input_kernel<T, 1>, GroupInputStage<T, 1>::bytes(slice_));
@@ -124,8 +127,8 @@ void InputGradient<T>::add(const FanInChunk& chunk, const T* grad) {
     const int lanes = row_lanes<T>(layer.pitch);
     const int64_t across = ceil_div(layer.pitch, lanes * kPackOf16Bytes<T>);
     launch(stream_, "fan_in_sum_by_input", sum_by_input_kernel<T>,
-           {layer.in_features * slabs_ * across}, {kSumThreads}, 0, layer, grad, chunk.first_label,
-           chunk.labels, static_cast<const uint32_t*>(sorted_keys_->get()),
+           {layer.in_features * slabs_ * across}, {kSumThreads}, 0, layer, first_weight, grad,
+           chunk.first_label, chunk.labels, static_cast<const uint32_t*>(sorted_keys_->get()),
            static_cast<const int32_t*>(sorted_positions_->get()), entries, slabs_, lanes,
            int(across), fresh_, partial_.get());
   }

@@ -38,11 +38,14 @@ struct Ending {
 
   // Formulas: _update of reference/fan_in.py.
   __device__ void operator()(float grad, int64_t element) const {
+    apply(kind == kEndStore ? 0.0f : to_float(out[element]), grad, element);
+  }
+  // w: the parameter's element, which the caller has read.
+  __device__ void apply(float w, float grad, int64_t element) const {
     if (kind == kEndStore) {
       out[element] = from_float<T>(grad);
       return;
     }
-    float w = to_float(out[element]);
     if (decays) {
       if (kind == kEndAdamW) {
         w *= decay;  // 1 - lr * weight_decay
@@ -209,9 +212,10 @@ struct GroupInputStage {
 };
 
 template <class T, int kM>
-__global__ void group_grad_input_kernel(FanInLayer<T> layer, const T* grad, int64_t first_label,
-                                        int64_t first_tile, int64_t tiles, int slices, int slice,
-                                        bool fresh, float* partial) {  // [slabs, I, pitch]
+__global__ void group_grad_input_kernel(FanInLayer<T> layer, int64_t first_weight, const T* grad,
+                                        int64_t first_label, int64_t first_tile, int64_t tiles,
+                                        int slices, int slice, bool fresh,
+                                        float* partial) {  // [slabs, I, pitch]
   using Stage = GroupInputStage<T, kM>;
   const int64_t slab = blockIdx.x / slices, slabs = gridDim.x / slices;
   const int64_t first_row = int64_t(blockIdx.x % slices) * slice;
@@ -246,8 +250,9 @@ __global__ void group_grad_input_kernel(FanInLayer<T> layer, const T* grad, int6
         columns(stage)[f] = 2 * column + (any >> (lane_id() / 8 * 8) & 0xff ? 1 : 0);
       }
       fetch_tile<T, Stage::kLabels, kInputChunk>(
-          weights(stage), Stage::kWeightPitch, layer.weight + at.first * layer.fan_in + f0,
-          layer.fan_in, at.count, layer.fan_in - f0, layer.vectors);
+          weights(stage), Stage::kWeightPitch,
+          layer.weight + (at.first - first_weight) * layer.fan_in + f0, layer.fan_in, at.count,
+          layer.fan_in - f0, layer.vectors);
       constexpr int kVector = kPackOf16Bytes<T>;
       const int across = slice / kVector;
       for (int i = int(threadIdx.x); i < Stage::kLabels * across; i += int(blockDim.x)) {
@@ -344,9 +349,10 @@ __device__ __forceinline__ int64_t lower_bound(const Key* keys, int64_t count, K
 // take every so-manieth entry, and are summed in the end.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
-    sum_by_input_kernel(FanInLayer<T> layer, const T* grad, int64_t first_label, int64_t labels,
-                        const uint32_t* keys, const int32_t* positions, int64_t entries,
-                        int64_t parts, int lanes, int across, bool fresh, float* partial) {
+    sum_by_input_kernel(FanInLayer<T> layer, int64_t first_weight, const T* grad,
+                        int64_t first_label, int64_t labels, const uint32_t* keys,
+                        const int32_t* positions, int64_t entries, int64_t parts, int lanes,
+                        int across, bool fresh, float* partial) {
   constexpr int kVector = kPackOf16Bytes<T>;
   const int64_t first_row = int64_t(blockIdx.x % across) * lanes * kVector;
   const int64_t part = blockIdx.x / across % parts;
@@ -367,7 +373,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
       const int64_t row = first_index_row + position / layer.fan_in, f = position % layer.fan_in;
       const int64_t last = min((row + 1) * layer.group_size, first_label + labels);
       for (int64_t label = max(row * layer.group_size, first_label); label < last; ++label) {
-        const float w = to_float(layer.weight[label * layer.fan_in + f]);
+        const float w = to_float(layer.weight[(label - first_weight) * layer.fan_in + f]);
         const Pack<T, kVector> g =
             load_pack<T, kVector>(grad + (label - first_label) * layer.pitch + b);
 #pragma unroll

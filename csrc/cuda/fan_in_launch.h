@@ -101,6 +101,7 @@ class FanInTiles {
   const FanInLayer<T>& layer() const { return layer_; }
   bool grouped() const { return grouped_; }
   int m() const { return m_; }
+  int n() const { return n_; }
   int64_t across() const { return across_; }
   int64_t count() const { return layer_.out_features ? tile_of(layer_.out_features - 1) + 1 : 0; }
 
@@ -119,10 +120,12 @@ class FanInTiles {
     }
     return all;
   }
-  // Chunks whose gradient to the logits, [labels, pitch], stays within a budget of bytes.
-  std::vector<FanInChunk> chunks_within(int64_t budget) const {
+  // Chunks whose gradient to the logits, [labels, pitch], stays within a budget of bytes; with
+  // `more` elements of T a label.
+  std::vector<FanInChunk> chunks_within(int64_t budget, int64_t more = 0) const {
     budget = std::clamp(budget, kMinScratchBytes, kMaxScratchBytes);
-    const int64_t labels = budget / std::max<int64_t>(1, layer_.pitch * int64_t(sizeof(T)));
+    const int64_t labels =
+        budget / std::max<int64_t>(1, (layer_.pitch + more) * int64_t(sizeof(T)));
     // 16 bytes for each entry that is sorted
     const int64_t entries = std::min(kMaxSortedEntries, budget / 16);
     return chunks(
@@ -202,7 +205,8 @@ class InputGradient {
   // At most `budget` bytes for sums beyond one set of them.
   InputGradient(const Stream& stream, const FanInTiles<T>& tiles,
                 const std::vector<FanInChunk>& chunks, int64_t budget);
-  void add(const FanInChunk& chunk, const T* grad);
+  // `weight` [labels of the chunk, F] stands in for the layer's, if it is given.
+  void add(const FanInChunk& chunk, const T* grad, const T* weight = nullptr);
   void write(const Tensor& grad_input, const float* grad_loss, float factor) const;
 
  private:

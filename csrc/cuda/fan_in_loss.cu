@@ -1,15 +1,14 @@
 // Multi-label losses of fixed fan-in layers on CUDA: loss, gradients, and the fused optimizer step.
-// Labels go in chunks: a tile of logits becomes its loss terms and its gradient at once, the
-// gradients of a chunk, [labels, B], are used while they are in L2. [B, O] never exists.
+// Labels go in chunks: a tile of logits becomes its loss terms and its gradient at once, and where
+// labels share inputs the gradient of its weights too (fan_in_fused.h). The gradients of a chunk,
+// [labels, B], are used while they are in L2. [B, O] never exists.
 #include <cassert>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "../fan_in.h"
-#include "fan_in_launch.h"
-#include "fan_in_loss_kernels.cuh"
-#include "fan_in_step.h"
+#include "fan_in_fused.h"
 
 namespace recsparse {
 namespace {
@@ -126,11 +125,18 @@ void loss_pass(const Stream& stream, const LossArguments& loss, const Tensor& in
                const Tensor& offsets, const Tensor& labels, const float* grad_loss, float factor,
                int64_t budget, const LossOutputs<T>& out) {
   const FanInTiles<T> tiles(stream, loss.size, &input, &weight, indices, bias ? &*bias : nullptr);
-  const auto chunks = tiles.chunks_within(budget);
-  const int64_t most = FanInTiles<T>::most_labels(chunks), all = tiles.count() * tiles.across();
-  const bool gradients = out.grad_input || out.endings;
+  const std::optional<FusedSizes> fused =
+      out.endings ? fused_sizes(stream, tiles) : std::optional<FusedSizes>();
+  // an update must leave the weights to the gradient of the input
+  const bool keeps = fused && out.grad_input && out.endings->weight.kind != kEndStore;
+  const bool stores = fused ? bool(out.grad_input) : out.grad_input || out.endings;
+  const int64_t kept = keeps ? tiles.layer().fan_in : 0;
+  const auto chunks = tiles.chunks_within(budget, kept);
+  const int64_t most = FanInTiles<T>::most_labels(chunks);
+  const int64_t sums_of_tile = fused ? 1 : tiles.across(), all = tiles.count() * sums_of_tile;
   const Positives positives(stream, loss.size, offsets, labels, most);
-  const Scratch<T> grad(stream, gradients ? most * tiles.layer().pitch : 0);
+  const Scratch<T> grad(stream, stores ? most * tiles.layer().pitch : 0);
+  const Scratch<T> old(stream, most * kept);
   const Scratch<double> sums(stream, out.loss ? all : 0);
   std::optional<InputGradient<T>> total;
   if (out.grad_input) total.emplace(stream, tiles, chunks, budget);
@@ -141,8 +147,16 @@ void loss_pass(const Stream& stream, const LossArguments& loss, const Tensor& in
     terms.first_label = chunk.first_label;
     terms.kind = loss.kind;
     terms.grad_scale = grad_scale<T>(loss.kind);
-    terms.grad = gradients ? grad.get() : nullptr;
-    terms.sums = out.loss ? sums.get() + chunk.first_tile * tiles.across() : nullptr;
+    terms.grad = stores ? grad.get() : nullptr;
+    terms.sums = out.loss ? sums.get() + chunk.first_tile * sums_of_tile : nullptr;
+    if constexpr (sizeof(T) == 2) {
+      if (fused) {
+        fused_pass<T>(stream, tiles, *fused, chunk, terms, *out.endings,
+                      keeps ? old.get() : nullptr);
+        if (total) total->add(chunk, grad.get(), keeps ? old.get() : nullptr);
+        continue;
+      }
+    }
     tiles.logits("fan_in_loss", chunk.first_tile, chunk.tiles, terms);
     if (total) total->add(chunk, grad.get());  // before the step changes the weights
     if (out.endings)

@@ -35,6 +35,13 @@ struct LossTerms {
   T* grad;       // [labels of the chunk, pitch]: slopes times grad_scale; or null
   double* sums;  // of each tile; or null
 
+  // Of one logit, to which the bias is still to be added.
+  __device__ __forceinline__ LossTerm term(const FanInLayer<T>& layer, int64_t label, int64_t row,
+                                           float z) const {
+    const uint32_t word = positives[(label - first_label) * words + row / 32];
+    return loss_term(z + bias_of(layer, label), word >> (row % 32) & 1, kind);
+  }
+
   __device__ void operator()(const FanInLayer<T>& layer, const TileLabels& at, int64_t first_row,
                              int rows, const float* z, int pitch, int64_t tile) const {
     constexpr int kVector = kPackOf16Bytes<T>;
@@ -42,15 +49,12 @@ struct LossTerms {
     double sum = 0.0;
     for (int i = int(threadIdx.x); i < at.count * padded; i += int(blockDim.x)) {
       const int o = i / padded, b = i % padded;
-      const int64_t label = at.first + o - first_label, row = first_row + b;
-      LossTerm term{0.0f, 0.0f};
-      if (b < rows) {
-        const uint32_t word = positives[label * words + row / 32];
-        term = loss_term(z[o * pitch + b] + bias_of(layer, at.first + o), word >> (row % 32) & 1,
-                         kind);
-      }
-      sum += double(term.value);
-      if (grad) grad[label * layer.pitch + row] = from_float<T>(term.slope * grad_scale);
+      const int64_t label = at.first + o, row = first_row + b;
+      const LossTerm found =
+          b < rows ? term(layer, label, row, z[o * pitch + b]) : LossTerm{0.0f, 0.0f};
+      sum += double(found.value);
+      if (grad)
+        grad[(label - first_label) * layer.pitch + row] = from_float<T>(found.slope * grad_scale);
     }
     if (sums) {
       sum = block_sum(sum);

@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       each_piece<RowTile, kMaxThreads>([&](PieceAt at, int) {
         const int64_t index = index_of(first + at.row), r = r0 + at.column;
         const int count = index >= 0 ? elements_inside<kPiece>(r, rank) : 0;
-        load_piece(rows + at.row * RowTile::kStride + at.column,
-                   p.table.at + (count ? index * p.table.stride + r : 0), count, p.table.width);
+        load_piece(rows + at.row * RowTile::kStride + at.column, p.table, index, r, count);
       });
       load_tile<UpTile, kMaxThreads>(up_tile, up, d0, r0);
       cp_async_commit();

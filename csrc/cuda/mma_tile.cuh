@@ -1,14 +1,15 @@
 // Tiles of matrices in shared memory and their products, for kernels that are made of them.
 //
-//   Tile          shape and layout of a tile; load_tile fills it by cp.async, zeros outside the
-//   matrix warp_product  acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA for
-//   float32 store_sums    acc to a float32 tile, from which each thread takes whole 16-byte pieces
-//   (`Piece`)
-//                 of rows: global memory is read and written in wide accesses, whatever the tile
+// `Tile` is the shape and layout of a tile, which load_tile fills by cp.async, with zeros outside
+// the matrix. warp_product does acc += A B^T of two tiles: mma m16n8k16 for bf16 and f16, plain FMA
+// for float32. store_sums brings acc into a float32 tile, from which each thread takes whole
+// 16-byte pieces (`Piece`) of rows: global memory is read and written in wide accesses, whatever
+// the tile.
 //
 // Either operand lies in its tile with k along the rows, [m][k], or across them, [k][m]: no matrix
 // is ever transposed in memory. Any size and stride is taken: rows and columns outside the matrix
-// read as zeros, and rows that 16-byte accesses cannot reach go 4 bytes or one element at a time.
+// read as zeros, and rows that 16-byte accesses cannot reach go 4 bytes at a time, or (an odd
+// number of 16-bit elements) 16 bytes at a time by way of registers.
 // float32 is multiplied in full: tensor cores would keep 10 bits of it (and three products for 22
 // bits turn infinities into NaN).
 #pragma once
@@ -71,21 +72,58 @@ __device__ __forceinline__ void each_piece(F f) {
   }
 }
 
-// Starts to copy up to 16 bytes of a row (`count` elements, the rest zeros) to shared memory.
+// Up to eight 16-bit elements (zeros behind them) at any place of a row: the two aligned pieces
+// that hold them, moved together; one by one where those reach outside the matrix.
 template <class T>
-__device__ __forceinline__ void load_piece(T* shared, const T* global, int count, int width) {
+__device__ __forceinline__ Pack<T, 8> read_unaligned(const Matrix<T>& from, const T* global,
+                                                     int count) {
+  static_assert(sizeof(T) == 2, "moved by halves of words");
+  const int before = int(reinterpret_cast<uintptr_t>(global) % 16) / 2;
+  const T* first = global - before;
+  const bool both = before + count > 8;
+  Pack<T, 8> values;
+  if (first < from.at ||
+      first + (both ? 16 : 8) > from.at + (from.rows - 1) * from.stride + from.columns) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) values.at[e] = e < count ? global[e] : from_float<T>(0.0f);
+    return values;
+  }
+  uint32_t words[8] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half && !both) break;
+    const auto pack = load_pack<uint32_t, 4>(reinterpret_cast<const uint32_t*>(first + 8 * half));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[4 * half + i] = pack.at[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = before & 4 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = before & 2 ? words[i + 1] : words[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t two = __funnelshift_r(words[i], words[i + 1], before & 1 ? 16 : 0);
+    const int inside = count - 2 * i;
+    reinterpret_cast<uint32_t*>(values.at)[i] = inside > 1 ? two : inside == 1 ? two & 0xffffu : 0u;
+  }
+  return values;
+}
+
+// Starts to copy up to 16 bytes from (row, column) on (`count` elements, the rest zeros) to shared
+// memory.
+template <class T>
+__device__ __forceinline__ void load_piece(T* shared, const Matrix<T>& from, int64_t row,
+                                           int64_t column, int count) {
   constexpr int kPiece = kPackOf16Bytes<T>, kInWord = 4 / int(sizeof(T));
-  if (count == kPiece && width == 16) {
+  const T* global = from.at + (count > 0 ? row * from.stride + column : 0);
+  if (count == kPiece && from.width == 16) {
     cp_async_16(shared, global);
-  } else if (count > 0 && count % kInWord == 0 && width >= 4) {
+  } else if (count % kInWord == 0 && from.width >= 4) {
 #pragma unroll
     for (int e = 0; e < kPiece; e += kInWord)
-      cp_async_small<4>(shared + e, e < count ? global + e : global, e < count);
-  } else {
-    Pack<T, kPiece> values;
-#pragma unroll
-    for (int e = 0; e < kPiece; ++e) values.at[e] = e < count ? global[e] : from_float<T>(0.0f);
-    store_pack(shared, values);
+      cp_async_small<4>(shared + e, e < count ? global + e : from.at, e < count);
+  } else if constexpr (sizeof(T) == 2) {
+    store_pack(shared, count > 0 ? read_unaligned(from, global, count) : Pack<T, 8>{});
   }
 }
 
@@ -123,8 +161,7 @@ __device__ __forceinline__ void load_tile(T* shared, const Matrix<T>& from, int6
   each_piece<TileOf, kThreads>([&](PieceAt p, int) {
     const int64_t row = row0 + p.row, column = column0 + p.column;
     const int count = row < from.rows ? elements_inside<kPiece>(column, from.columns) : 0;
-    load_piece(shared + p.row * TileOf::kStride + p.column,
-               from.at + (count ? row * from.stride + column : 0), count, from.width);
+    load_piece(shared + p.row * TileOf::kStride + p.column, from, row, column, count);
   });
 }
 

@@ -1,6 +1,7 @@
-// Every piece of inline PTX, behind functions named after the instruction (PTX ISA). Kernels hold
-// none. Each has a functional model in tests/native/cuda_on_cpu/ptx_model.h, which runs instead
-// when kernels are executed on the CPU: keep the two side by side.
+// Every piece of inline PTX, behind functions named after the instruction (PTX ISA); sm_90a's are
+// in ptx_sm90.h. Kernels hold none. Each has a functional model in
+// tests/native/cuda_on_cpu/ptx_model.h, which runs instead when kernels are executed on the CPU:
+// keep the two side by side.
 //
 // Fragments: lane = 4 g + t (g = lane / 4, t = lane % 4); a register holds two 16-bit elements, the
 // one with the lower column (A) or row (B) in its low half.

@@ -1,8 +1,11 @@
 // 2:4 linear on CUDA: checks, choice of tiles, launches.
-//   bf16, f16: sparse tensor cores, here
-//   float32: sparse24_linear_float.cu
+//   bf16, f16: sparse tensor cores, here; Hopper's in sparse24_linear_sm90.cu, where bulk copies
+//   can reach the operands float32: sparse24_linear_float.cu
+#include <atomic>
+
 #include "sparse24_linear.h"
 #include "sparse24_linear_kernels.cuh"
+#include "sparse24_linear_sm90.h"
 
 namespace recsparse::sparse24 {
 namespace {
@@ -39,8 +42,58 @@ void launch_sparse(const LinearCall<T>& call) {
   });
 }
 
+#ifdef RS_WITH_SM90
+std::atomic<bool> warpgroups_wanted = true;  // false: as on other GPUs, to compare
+
+template <class T>
+bool fits_warpgroups(const LinearCall<T>& call) {
+  const auto& [stream, input, weight, to, elements] = call;
+  const int64_t size = int64_t(sizeof(T));
+  return warpgroups_wanted && stream.architecture() == 90 && weight.row_bytes > 0 &&
+         has_tensor_map(weight.metadata, weight.rows, weight.row_bytes) &&
+         has_tensor_map(weight.values, weight.rows, 4 * size * weight.row_bytes) &&
+         has_tensor_map(input.at, input.rows, size * input.stride) &&
+         8 * weight.row_bytes < int64_t(1) << 31;
+}
+
+template <class T>
+WarpgroupPlan plan_warpgroups(const LinearCall<T>& call) {
+  const auto& [stream, input, weight, to, elements] = call;
+  const auto tiles = [&](int shape) {
+    return ceil_div(to.rows, kWarpgroupTiles[shape].b) *
+           ceil_div(to.columns, kWarpgroupTiles[shape].o);
+  };
+  int shape = 0;
+  while (shape < 3 && to.rows > kWarpgroupTiles[shape].b) ++shape;
+  if (shape == 3) {
+    // all multiprocessors at a time; the wide tile takes 9/5 of the narrow one's time: it reads
+    // less shared memory for as many products
+    const auto turns = [&](int s) { return ceil_div(tiles(s), stream.multiprocessors()); };
+    if (9 * turns(4) <= 5 * turns(3)) shape = 4;
+  }
+  const int64_t steps = ceil_div(8 * weight.row_bytes, kMetadataColumns);
+  const Split split =
+      split_depth(stream, tiles(shape), steps, 4, most_parts<T>(elements, to.rows * to.columns), 1);
+  return {shape, ceil_div(to.rows, kWarpgroupTiles[shape].b),
+          ceil_div(to.columns, kWarpgroupTiles[shape].o), int(steps), split};
+}
+
+template <class T>
+void run_warpgroups(const LinearCall<T>& call) {
+  const WarpgroupPlan plan = plan_warpgroups(call);
+  with_parts(call.stream, "sparse24_linear_sum", plan.split, call.to, [&](Parts parts) {
+    LinearOutput<T> to = call.to;
+    to.parts = parts;
+    launch_warpgroups(call, to, plan);
+  });
+}
+#endif
+
 template <class T>
 void run_linear(const LinearCall<T>& call) {
+#ifdef RS_WITH_SM90
+  if (fits_warpgroups(call)) return run_warpgroups(call);
+#endif
   const auto& to = call.to;
   const int64_t large_tiles =
       ceil_div(to.rows, ManyRows<T>::kBlockB) * ceil_div(to.columns, ManyRows<T>::kBlockO);
@@ -91,8 +144,19 @@ std::tuple<Tensor, Tensor> sparse24_linear_ste(const Tensor& input, const Tensor
   return sparse24_linear(input, values, metadata, bias, activation, keep_sum);
 }
 
+// Whether Hopper's own kernels run where they can; gives back what was set before.
+bool sparse24_use_warpgroups(bool wanted) {
+#ifdef RS_WITH_SM90
+  return warpgroups_wanted.exchange(wanted);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
+RS_CUDA_DEFINITIONS(m) { m.def("sparse24_use_warpgroups(bool wanted) -> bool"); }
+RS_CUDA_SETTINGS(m) { m.impl("sparse24_use_warpgroups", TORCH_BOX(&sparse24_use_warpgroups)); }
 RS_CUDA_OPS(m) {
   m.impl("sparse24_linear", TORCH_BOX(&sparse24_linear));
   m.impl("sparse24_linear_ste", TORCH_BOX(&sparse24_linear_ste));

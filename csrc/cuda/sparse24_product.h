@@ -17,9 +17,10 @@ struct Split {
 };
 
 // `least`: steps of a part that its start-up is worth. `most`: parts that memory is given for.
+// `blocks`: of a multiprocessor.
 inline Split split_depth(const Stream& stream, int64_t tiles, int64_t steps, int64_t least,
-                         int64_t most) {
-  const int64_t wanted = 2 * int64_t(stream.multiprocessors()) / std::max<int64_t>(1, tiles);
+                         int64_t most, int64_t blocks = 2) {
+  const int64_t wanted = blocks * int64_t(stream.multiprocessors()) / std::max<int64_t>(1, tiles);
   const int64_t parts =
       std::max<int64_t>(1, std::min({wanted, steps / least, most, int64_t(kMaxGridYZ)}));
   const int64_t each = std::max<int64_t>(1, ceil_div(steps, parts));

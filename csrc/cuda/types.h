@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace recsparse {
@@ -26,6 +27,21 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return x;
   }
+}
+
+// Two neighbours as a register holds them, the first in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t pair_bits(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  } else {
+    static_assert(std::is_same_v<T, f16>, "bf16 or f16");
+    const __half2 pair = __floats2half2_rn(low, high);
+    memcpy(&bits, &pair, sizeof bits);
+  }
+  return bits;
 }
 
 }  // namespace recsparse

@@ -7,6 +7,7 @@ from .low_rank_cross import CrossNet, LowRankCross, LowRankCrossNet
 from .low_rank_embedding import LowRankEmbedding, LowRankEmbeddingBag
 from .low_rank_fields import LowRankFields
 from .masked_embedding import MaskedEmbedding, MaskedEmbeddingBag
+from .masked_fields import MaskedFields
 from .masked_linear import MaskedLinear
 from .sparse24 import (
     SemiSparseLinear,

@@ -24,7 +24,9 @@ HOT = {
     "pieces_kernel": (),
     "join_kernel": (),
     "product_kernel": (),
+    "matmul_kernel": (),
     "sparse_linear_kernel": ("HMMA.SP",),
+    "sparse_linear_sm90_kernel": ("HGMMA.SP", "UBLKCP"),
     "linear_rows_kernel": (),
     "expanded_product_kernel": (),
     "prune_kernel": (),
@@ -38,6 +40,7 @@ HOT = {
     "fields_kernel": (),
     "group_logits_kernel": (),
     "group_grad_weight_kernel": (),
+    "group_fused_kernel": ("HMMA",),
     "group_grad_input_kernel": (),
     "label_logits_kernel": (),
     "label_grad_weight_kernel": (),
@@ -70,6 +73,13 @@ def test_hot_kernels_do_not_spill(kernels, name):
 def test_grouped_kernels_are_on_tensor_cores(kernels, name):
     mine = [k for k in kernels if k.name == name and "<float" not in k.instance]
     assert mine and all(k.instructions["HMMA"] for k in mine)
+
+
+@needs_cuobjdump
+def test_products_of_a_warpgroup_are_not_serialised(kernels):
+    """Where the compiler cannot tell that products may overlap, it waits after each."""
+    mine = [k for k in kernels if k.name == "sparse_linear_sm90_kernel"]
+    assert mine and all(k.instructions["WARPGROUP.DEPBAR"] < k.instructions["HGMMA.SP"] for k in mine)
 
 
 @needs_cuobjdump

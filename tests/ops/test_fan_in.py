@@ -430,7 +430,7 @@ def _op_cases(case):
 
 
 @pytest.mark.parametrize("name", sorted(_op_cases(make_case(2, 5, 6, 2))))
-@pytest.mark.parametrize("backend", ["native", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["native", "reference", "triton", "cuda"])
 def test_opcheck(name, backend):
     op = rk.ops._backend.OPS[name]
     if backend not in op.backends():

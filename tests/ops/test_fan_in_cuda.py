@@ -36,10 +36,10 @@ def loss_step(case, backend):
     return *out, fresh.weight, fresh.bias, *update.state
 
 
-@pytest.mark.parametrize("group_size", [1, 16])
-def test_several_chunks_of_labels_in_any_order_of_threads(group_size):
-    """64 KB of scratch: three chunks, the last one short. The same bits however threads take turns."""
-    case = make_case(64, 30, 600, 4, group_size)
+@pytest.mark.parametrize("group_size, dtype", [(1, torch.float32), (16, torch.float32), (16, torch.bfloat16)])
+def test_several_chunks_of_labels_in_any_order_of_threads(group_size, dtype):
+    """64 KB of scratch: several chunks, the last one short. The same bits however threads take turns."""
+    case = make_case(64, 30, 600, 4, group_size, dtype=dtype)
     wanted, results = loss_step(case, "reference"), []
     try:
         for order in (0, 2):
@@ -48,8 +48,41 @@ def test_several_chunks_of_labels_in_any_order_of_threads(group_size):
     finally:
         torch.ops.recsparse_cuda_on_cpu.set_order(0, 0)
     for a, b, w in zip(*results, wanted, strict=True):
-        torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-5)
+        if dtype == torch.float32:
+            torch.testing.assert_close(a, w, rtol=1e-4, atol=1e-5)
         assert torch.equal(a, b)
+
+
+UPDATES = {"sgd": dict(lr=1.0, momentum=0.9, weight_decay=0.1), "adamw": dict(lr=0.1, eps=1.0)}
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 50, 90, 37, 40), (64, 30, 600, 8, 16), (3, 2000, 33, 5, 16)], ids=str)
+def test_fused_pass(shape, dtype, kind):
+    """Labels of a group in 16 bits: update and autograd, odd sizes, two chunks, the last group short, and
+    inputs too many for sums in shared memory, where the gradient to them is summed by sorted entries."""
+    case = make_case(*shape, dtype=dtype)
+    results = []
+    for source, backend in ((case.double(), "reference"), (case, "reference"), (case, "cuda")):
+        c = dataclasses.replace(source, weight=source.weight.clone(), bias=source.bias.clone())
+        update = FanInUpdate(kind, **UPDATES[kind])
+        options = dict(reduction="sum", group_size=c.group_size, backend=backend)
+        parameters = [t.clone().requires_grad_() for t in (c.input, c.weight, c.bias)]
+        input, weight, bias = parameters
+        loss = ops.fan_in_loss(input, weight, c.indices, bias, *c.positives, **options)
+        gradients = torch.autograd.grad(loss, parameters)
+        stepped = ops.fan_in_loss_step(*c.layer, *c.positives, update, **options)
+        alone = dataclasses.replace(source, weight=source.weight.clone(), bias=source.bias.clone())
+        update = FanInUpdate(kind, **UPDATES[kind])
+        ops.fan_in_loss_step(*alone.layer, *alone.positives, update, input_grad=False, **options)
+        assert torch.equal(alone.weight, c.weight) and torch.equal(alone.bias, c.bias)
+        # moments in the dtype of the gradients of logits that they are made of
+        moments = [m.to(source.weight.dtype) for m in update.state]
+        results.append([*gradients, *stepped, c.weight, c.bias, *moments])
+    names = "grad_input grad_weight grad_bias loss stepped_grad_input weight bias".split()
+    for i, (exact, baseline, actual) in enumerate(zip(*results, strict=True)):
+        assert_close(names[i] if i < len(names) else f"state {i}", actual, exact, baseline)
 
 
 @pytest.mark.parametrize("shape", [(3, 3000, 40, 5, 16), (2, 3, 1200, 2, 1)], ids=str)

@@ -48,6 +48,19 @@ def test_linear(shape, dtype, backend):
 
 
 @on_backends
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(7, 37, 41, 53), (70, 64, 16, 64)], ids=str)
+def test_memory_that_begins_anywhere(shape, dtype, backend):
+    """Every tensor one element behind an aligned address: the same bits as from an aligned one."""
+    tensors = [t.to(dtype) for t in make_linear(*shape)]
+    moved = [torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape) for t in tensors]
+    *aligned, _ = tensors
+    *elsewhere, _ = moved
+    wanted = low_rank_linear(*aligned, backend=backend)
+    assert torch.equal(low_rank_linear(*elsewhere, backend=backend), wanted)
+
+
+@on_backends
 @on_dtypes
 @pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
 @pytest.mark.parametrize("rows", [3, 50])

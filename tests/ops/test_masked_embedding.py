@@ -673,7 +673,7 @@ def test_whole_table_gradient_is_the_same_for_any_number_of_threads():
 # ---- torch.library ----
 
 
-@pytest.mark.parametrize("backend", ["native", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["native", "reference", "triton", "cuda"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(backend, layout):
     if backend not in OPS["masked_embedding_bag"].backends():

@@ -272,6 +272,93 @@ def test_tiles_and_parts_of_cuda(shape, dtype):
         assert_close(name, *three)
 
 
+# (B, I, O) of each of Hopper's tiles, with edges in B and O and columns that only padding fills; bulk
+# stores (O a multiple of 8) and masked ones, the depth in parts, more tiles than blocks
+HOPPER_SHAPES = [
+    (5, 120, 21),
+    (16, 128, 264),
+    (3, 1152, 20),
+    (5, 128, 1100),
+    (20, 256, 72),
+    (40, 248, 24),
+    (70, 256, 136),
+    (300, 120, 130),
+    (520, 120, 130),
+]
+HOPPER = ["cuda-90"] if "cuda" in BACKENDS else []
+on_hopper = pytest.mark.parametrize("backend", HOPPER, indirect=True)
+on_hopper_and_reference = pytest.mark.parametrize("backend", ["reference", *HOPPER], indirect=True)
+
+
+def launched(backend="cuda"):
+    """Names of the CUDA kernels run since the last call."""
+    return torch.ops.recsparse_cuda_on_cpu.launched().split() if backend == "cuda" else []
+
+
+def check_sparse24_linear(case, activation, backend):
+    """Output and the sum that is kept for backward."""
+    arguments = (*case[:4], ACTIVATIONS.index(activation), True)
+    op = OPS["sparse24_linear"]
+    actual = op.overload(backend)(*arguments)
+    exact = op.overload("reference")(*doubled(*case[:4]), *arguments[4:])
+    baseline = op.overload("reference")(*arguments)
+    for name, *three in zip(("output", "sum"), actual, exact, baseline, strict=True):
+        assert_close(name, *three)
+    return actual
+
+
+@on_hopper_and_reference
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+def test_tiles_and_parts_of_hopper(shape, dtype, backend):
+    launched(backend)
+    check_sparse24_linear(make_case(*shape, dtype=dtype), "gelu", backend)
+    assert ("sparse24_linear_sm90" in launched(backend)) == (backend == "cuda")
+
+
+@on_hopper_and_reference
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_hopper_activations_and_gradients(activation, backend):
+    case = make_case(9, 120, 40, dtype=torch.bfloat16)
+    actual = run_backward(*case, activation, backend)
+    exact = run_backward(*doubled(*case), activation, "reference")
+    baseline = run_backward(*case, activation, "reference")
+    for name, *three in zip(
+        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
+    ):
+        assert_close(name, *three)
+
+
+@on_hopper
+def test_hopper_without_bias_or_sum_and_in_any_order_the_same(backend):
+    input, values, metadata, _, _ = make_case(70, 256, 72, dtype=torch.bfloat16)
+    results = []
+    for order in (0, 1, 2):  # of the threads, and of the copies' ends: forward, reversed, random
+        torch.ops.recsparse_cuda_on_cpu.set_order(order, 7)
+        results.append(ops.sparse24_linear(input, values, metadata, None, backend=backend))
+    torch.ops.recsparse_cuda_on_cpu.set_order(0, 0)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    zero = torch.zeros(72, dtype=torch.bfloat16)
+    assert torch.equal(results[0], ops.sparse24_linear(input, values, metadata, zero, backend=backend))
+
+
+@on_hopper
+@pytest.mark.parametrize("why", ["rows", "metadata", "offset", "asked"])
+def test_hopper_takes_the_other_kernel_where_bulk_copies_cannot_go(why, backend):
+    case = list(make_case(9, {"rows": 127, "metadata": 136}.get(why, 128), 24, dtype=torch.bfloat16))
+    if why == "offset":
+        flat = torch.empty(case[0].numel() + 1, dtype=torch.bfloat16)[1:]
+        case[0] = flat.copy_(case[0].flatten()).view(case[0].shape)
+    use = torch.ops.recsparse_cuda_on_cpu.sparse24_use_warpgroups
+    before = use(why != "asked")
+    try:
+        launched()
+        check_sparse24_linear(case, "relu", backend)
+        assert launched() == ["sparse24_linear"]
+    finally:
+        assert use(before) == (why != "asked")
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [6, 20])

@@ -25,8 +25,9 @@ class Stream {
   Stream(const Stream&) = delete;
   const Tensor& like() const { return like_; }
   int multiprocessors() const { return 3; }  // small and odd: persistent kernels take several turns
-  int64_t max_shared_bytes() const { return 99 * 1024; }  // the least among the GPUs we build for
-  int architecture() const { return 80; }
+  // the least among the GPUs of the architecture
+  int64_t max_shared_bytes() const { return (architecture() == 90 ? 227 : 99) * 1024; }
+  int architecture() const { return cuda_on_cpu::architecture(); }
 
  private:
   const Tensor& like_;

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -18,6 +19,7 @@
 
 #include "cuda_runtime.h"
 #include "fibre.h"
+#include "machine_parts.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -32,7 +34,7 @@ constexpr size_t kGap = 256;  // between shared arrays: an index past the end la
 constexpr size_t kArena = kMaxShared + 128 * kGap;
 constexpr int kWarpSize = 32;
 
-enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State { kReady, kAtBarrier, kAtCollective, kWaiting, kDone };
 
 struct Copy {
   std::byte* shared;
@@ -48,7 +50,8 @@ struct Thread {
   uint32_t warp_epoch = 0;  // grows with every __syncwarp; after one, equal in its lanes
   const char* waits_for = "";
   Site site;
-  int result = 0;  // of the barrier it waited at
+  int result = 0;               // of the barrier it waited at
+  std::function<bool()> ready;  // what it waits for
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
 };
@@ -59,16 +62,6 @@ struct Collective {
   Site site;
   size_t bytes = 0;
   alignas(16) std::byte values[kWarpSize][kMaxExchange];
-};
-
-// What is known of one byte of shared memory.
-struct Shadow {
-  enum : uint8_t { kGapByte, kUninitialised, kCopyPending, kInitialised } state = kGapByte;
-  static constexpr int16_t kNobody = -1, kAtomics = -2, kManyInAWarp = -3, kMany = -4;
-  int16_t writer = kNobody, reader = kNobody;
-  int16_t reader_warp = 0;
-  uint32_t write_epoch = 0, write_warp_epoch = 0;
-  uint32_t read_epoch = 0, read_warp_epoch = 0;
 };
 
 struct Range {
@@ -130,7 +123,11 @@ class Machine {
     random_.seed(seed);
   }
 
+  int architecture_ = 80;
+  std::string launched_;
+
   void run(const Launch& launch) {
+    launched_ += std::string(launch.name) + " ";
     const size_t count = size_t(launch.block[0] * launch.block[1] * launch.block[2]);
     launch_ = &launch;
     static_bytes_ = 0;
@@ -236,6 +233,12 @@ class Machine {
             t.warp_epoch = epoch + 1;  // shuffles and votes order no memory, __syncwarp does
           t.state = State::kReady;
         }
+      if (!bytes && clocks_.on()) {
+        std::vector<size_t> lanes;
+        for (int l = 0; l < kWarpSize; ++l)
+          if (mask >> l & 1) lanes.push_back(size_t(warp * kWarpSize + l));
+        clocks_.meet(lanes);
+      }
     }
     if (all)
       for (int l = 0; l < kWarpSize; ++l)
@@ -277,7 +280,11 @@ class Machine {
     if (!self) return;  // host code of the same file
     const auto a = reinterpret_cast<uintptr_t>(p);
     const auto stack = reinterpret_cast<uintptr_t>(self->stack);
-    if (a - stack < kStackBytes) return;
+    if (a - stack < kStackBytes) {
+      if (sm90_is_sum(a, bytes))
+        fail("touches the sums of a wgmma under way: wgmma_wait comes first" + code(from));
+      return;
+    }
     if (is_shared(p)) return access_shared(p, bytes, access, from);
     if (last_range_ < ranges_.size() && access_range(ranges_[last_range_], a, bytes, access))
       return;
@@ -343,6 +350,27 @@ class Machine {
     }
   }
 
+  // ---- for sm90.cpp ----
+
+  Clocks& clocks() { return clocks_; }
+  size_t self() const { return linear(); }
+  size_t block_threads() const { return count_; }
+  uint32_t block_epoch() const { return epoch_; }
+  void wait_until(Site site, const char* what, std::function<bool()> ready) {
+    if (ready()) return;
+    Thread& self = *running_;
+    self.state = State::kWaiting;
+    self.site = site;
+    self.waits_for = what;
+    self.ready = std::move(ready);
+    yield();
+  }
+  size_t shared_offset(const void* p) const {
+    return size_t(static_cast<const std::byte*>(p) - arena_);
+  }
+  std::byte* shared_at(size_t offset) const { return arena_ + offset; }
+  Shadow& shadow_at(size_t offset) { return shadow_[offset]; }
+
   static void thread_main();
 
   // The linker may give our calls of the standard library's templates the kernels' instrumented
@@ -379,6 +407,8 @@ class Machine {
     epoch_ = 1;
     at_barrier_ = 0;
     live_ = count_;
+    clocks_.reset(count_);
+    sm90_begin_block();
     collectives_.resize((count_ + kWarpSize - 1) / kWarpSize);
     for (auto& list : collectives_) list.clear();
     schedule_.resize(count_);
@@ -398,6 +428,7 @@ class Machine {
       bool any = false;
       for (const size_t i : schedule_) {
         Thread& t = *threads_[i];
+        if (t.state == State::kWaiting && t.ready()) t.state = State::kReady;
         if (t.state != State::kReady) continue;
         any = true;
         running_ = &t;
@@ -406,7 +437,9 @@ class Machine {
         running_ = nullptr;
         if (!error_.empty()) throw std::runtime_error(std::exchange(error_, {}));
       }
-      if (!any) throw std::runtime_error(deadlock());
+      // copies end as late as they can
+      if (!any && !sm90_deliver(order_ == Order::kRandom ? random_() : 0))
+        throw std::runtime_error(deadlock());
     }
   }
 
@@ -438,12 +471,15 @@ class Machine {
     if (!at_barrier_ || at_barrier_ != live_) return;
     at_barrier_ = 0;
     ++epoch_;
+    std::vector<size_t> met;
     for (size_t i = 0; i < count_; ++i) {
       Thread& t = *threads_[i];
       if (t.state != State::kAtBarrier) continue;
+      met.push_back(i);
       t.state = State::kReady;
       t.result = barrier_value_;
     }
+    clocks_.meet(met);
   }
 
   void check_lanes_live(const Collective& c, int warp) {
@@ -461,6 +497,7 @@ class Machine {
     if (!self.uncommitted.empty() || std::any_of(self.groups.begin(), self.groups.end(),
                                                  [](const auto& group) { return !group.empty(); }))
       fail("the kernel ended with cp.async under way");
+    if (const char* why = sm90_end_thread(live_ == 1)) fail(why);
     self.state = State::kDone;
     --live_;
     const int warp = int(linear() / kWarpSize);
@@ -492,8 +529,12 @@ class Machine {
     const auto me = int16_t(linear());
     const auto warp = int16_t(me / kWarpSize);
     const uint32_t now = running_->warp_epoch;
+    if (access != Access::kRead && sm90_reads()) sm90_check_write(offset, bytes);
     for (size_t i = offset; i < offset + bytes; ++i) {
       Shadow& s = shadow_[i];
+      if (s.state == Shadow::kBulkPending)
+        fail("shared memory that a bulk copy has yet to fill" + code(from));
+      if (s.state == Shadow::kBarrier) fail("an ordinary access to an mbarrier" + code(from));
       if (s.state == Shadow::kGapByte) fail("out of bounds of a shared array" + code(from));
       if (s.state == Shadow::kCopyPending)
         fail("shared memory that a cp.async has yet to fill" + code(from));
@@ -501,14 +542,21 @@ class Machine {
         fail("reads shared memory that nobody has written" + code(from));
       const bool atomic = access == Access::kAtomic;
       // the last write by another thread, with nothing between it and now that orders them
-      if (s.writer != Shadow::kNobody && s.writer != me && s.write_epoch == epoch_ &&
-          !(atomic && s.writer == Shadow::kAtomics) &&
-          !(s.writer >= 0 && s.writer / kWarpSize == warp && s.write_warp_epoch < now))
+      if (s.writer == Shadow::kCopy &&
+          !clocks_.knows(size_t(me), clocks_.phases_of(s.barrier), s.write_time))
+        fail("race: shared memory that a bulk copy filled, without a wait for its mbarrier" +
+             code(from));
+      if (s.writer != Shadow::kNobody && s.writer != Shadow::kCopy && s.writer != me &&
+          s.write_epoch == epoch_ && !(atomic && s.writer == Shadow::kAtomics) &&
+          !(s.writer >= 0 && s.writer / kWarpSize == warp && s.write_warp_epoch < now) &&
+          !(s.writer >= 0 && clocks_.knows(size_t(me), size_t(s.writer), s.write_time)))
         fail("race: shared memory that thread " + std::to_string(s.writer) +
              " wrote since the last barrier" + code(from));
       if (access == Access::kRead) {
-        const bool ordered = s.reader != Shadow::kMany && s.reader_warp == warp &&
-                             s.read_warp_epoch < now;  // a __syncwarp since the last reader
+        const bool ordered =
+            (s.reader != Shadow::kMany && s.reader_warp == warp &&
+             s.read_warp_epoch < now) ||  // a __syncwarp since the last reader
+            (s.reader >= 0 && clocks_.knows(size_t(me), size_t(s.reader), s.read_time));
         if (s.read_epoch != epoch_ || s.reader == Shadow::kNobody || ordered) {
           s.reader = me;
         } else if (s.reader != me) {
@@ -518,10 +566,12 @@ class Machine {
         s.read_epoch = epoch_;
         s.reader_warp = warp;
         s.read_warp_epoch = now;
+        s.read_time = clocks_.now(size_t(me));
         continue;
       }
       if (s.reader != Shadow::kNobody && s.reader != me && s.read_epoch == epoch_ &&
-          !(s.reader != Shadow::kMany && s.reader_warp == warp && s.read_warp_epoch < now))
+          !(s.reader != Shadow::kMany && s.reader_warp == warp && s.read_warp_epoch < now) &&
+          !(s.reader >= 0 && clocks_.knows(size_t(me), size_t(s.reader), s.read_time)))
         fail("race: writes shared memory that " +
              (s.reader >= 0 ? "thread " + std::to_string(s.reader) + " has"
                             : std::string("other threads have")) +
@@ -530,6 +580,8 @@ class Machine {
       s.writer = atomic ? Shadow::kAtomics : me;
       s.write_epoch = epoch_;
       s.write_warp_epoch = now;
+      s.write_time = clocks_.now(size_t(me));
+      s.write_fences = sm90_fences(size_t(me));
     }
   }
 
@@ -547,6 +599,7 @@ class Machine {
 
   // synchronisation
   uint32_t epoch_ = 1;  // grows with every barrier of the block
+  Clocks clocks_;
   size_t at_barrier_ = 0;
   Site barrier_site_;
   int barrier_value_ = 0, barrier_combine_ = 0;
@@ -570,16 +623,6 @@ Machine& machine() {
 std::recursive_mutex one_op_at_a_time;  // threadIdx and the scopes are the process's
 thread_local bool in_kernel = false;    // of this operating-system thread
 
-// For the length of a call of the machine by a kernel.
-class Inside {
- public:
-  Inside() : before_(std::exchange(machine().busy_, true)) {}
-  ~Inside() { machine().busy_ = before_; }
-
- private:
-  bool before_;
-};
-
 void Machine::thread_main() {
   Machine& m = machine();
   m.busy_ = false;
@@ -589,6 +632,9 @@ void Machine::thread_main() {
 }
 
 }  // namespace
+
+Inside::Inside() : before_(std::exchange(machine().busy_, true)) {}
+Inside::~Inside() { machine().busy_ = before_; }
 
 void run(const Launch& launch) {
   struct Flag {
@@ -612,6 +658,10 @@ void set_order(Order order, uint64_t seed) {
   const std::lock_guard<std::recursive_mutex> lock(one_op_at_a_time);
   machine().set_order(order, seed);
 }
+
+void set_architecture(int architecture) { machine().architecture_ = architecture; }
+int architecture() { return machine().architecture_; }
+std::string launched() { return std::exchange(machine().launched_, {}); }
 
 void fail(const std::string& message) { machine().fail(message); }
 void check(bool good, const char* message) {
@@ -651,6 +701,18 @@ void check_access(const void* p, size_t bytes, Access access) {
   const Inside inside;
   machine().access(p, bytes, access);
 }
+
+Clocks& clocks() { return machine().clocks(); }
+size_t self() { return machine().self(); }
+size_t block_threads() { return machine().block_threads(); }
+uint32_t block_epoch() { return machine().block_epoch(); }
+void wait_until(Site site, const char* what, std::function<bool()> ready) {
+  machine().wait_until(site, what, std::move(ready));
+}
+size_t shared_offset(const void* shared) { return machine().shared_offset(shared); }
+std::byte* shared_at(size_t offset) { return machine().shared_at(offset); }
+Shadow& shadow_at(size_t offset) { return machine().shadow_at(offset); }
+
 void copy_async(void* shared, const void* global, size_t bytes, size_t valid) {
   const Inside inside;
   machine().copy_async(shared, global, bytes, valid);

@@ -49,6 +49,9 @@ void register_memory(const void* begin, size_t bytes, bool writable);
 
 enum class Order : int { kForward, kReversed, kRandom };
 void set_order(Order order, uint64_t seed);  // in which order threads that can run do
+void set_architecture(int architecture);     // that host code sees: 80, 90
+int architecture();
+std::string launched();  // names of the kernels run since the last call, each with a space after it
 
 // ---- inside a kernel ----
 

@@ -243,6 +243,9 @@ void set_order(int64_t order, int64_t seed) {
   cuda_on_cpu::set_order(cuda_on_cpu::Order(order), uint64_t(seed));
 }
 
+void set_architecture(int64_t architecture) { cuda_on_cpu::set_architecture(int(architecture)); }
+std::string launched() { return cuda_on_cpu::launched(); }
+
 }  // namespace
 
 RS_CUDA_DEFINITIONS(m) {
@@ -250,11 +253,17 @@ RS_CUDA_DEFINITIONS(m) {
   m.def(
       "probe_mma(int which, int bug, Tensor a, Tensor b, Tensor metadata, Tensor(a!) output) -> ()");
   m.def("set_order(int order, int seed) -> ()");
+  m.def("set_architecture(int architecture) -> ()");
+  m.def("launched() -> str");
 }
 RS_CUDA_OPS(m) {
   m.impl("probe", TORCH_BOX(&probe));
   m.impl("probe_mma", TORCH_BOX(&probe_mma));
 }
-RS_CUDA_SETTINGS(m) { m.impl("set_order", TORCH_BOX(&set_order)); }
+RS_CUDA_SETTINGS(m) {
+  m.impl("set_order", TORCH_BOX(&set_order));
+  m.impl("set_architecture", TORCH_BOX(&set_architecture));
+  m.impl("launched", TORCH_BOX(&launched));
+}
 
 }  // namespace recsparse

@@ -57,6 +57,23 @@ void ldmatrix(uint32_t* r, int matrices, const void* shared, bool transposed, Si
   }
 }
 
+void stmatrix_x4_trans(void* shared, const uint32_t* r, Site site) {
+  check(is_shared(shared), "stmatrix to what is not shared memory");
+  struct {
+    uint32_t r[4];
+  } mine, all[32];
+  std::memcpy(mine.r, r, sizeof mine.r);
+  exchange(kAllLanes, "stmatrix", site, &mine, sizeof mine, all);
+  // this lane's row of matrix lane / 8, as one access of 16 bytes
+  const int matrix = lane() / 8, row = lane() % 8;
+  check_alignment(shared, 16);
+  check_access(shared, 16, Access::kWrite);
+  for (int i = 0; i < 8; ++i) {
+    const auto bits = uint16_t(all[4 * i + row / 2].r[matrix] >> (16 * (row % 2)));
+    std::memcpy(static_cast<uint16_t*>(shared) + i, &bits, 2);
+  }
+}
+
 uint32_t cvt_tf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

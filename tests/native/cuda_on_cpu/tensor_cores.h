@@ -8,6 +8,7 @@
 namespace cuda_on_cpu {
 
 void ldmatrix(uint32_t* r, int matrices, const void* shared, bool transposed, Site site);
+void stmatrix_x4_trans(void* shared, const uint32_t* r, Site site);
 uint32_t cvt_tf32(float x);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool brain, Site site);
 void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, Site site);
