@@ -36,7 +36,7 @@ CONFIGS = Configs(
         "label, 1 row": dict(BLOCK_O=256, BLOCK_B=1, BLOCK_F=16, num_warps=4, num_stages=1),
         "label, 4 rows": dict(BLOCK_O=256, BLOCK_B=4, BLOCK_F=16, num_warps=4, num_stages=1),
         "label, 16 rows": dict(BLOCK_O=128, BLOCK_B=16, BLOCK_F=16, num_warps=4, num_stages=1),
-        "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=4, num_stages=1),
+        "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=8, num_stages=1),
         "group of 16, 16 rows": dict(BLOCK_O=16, BLOCK_B=16, BLOCK_F=64, num_warps=1, num_stages=3),
         "group of 16, many rows": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
         "group of 32, 16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=2, num_stages=3),
