@@ -67,8 +67,7 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   // ---- selection ----
   m.def(
       "selection_histogram(Tensor scores, SymInt? ties_of, SymInt first_position, SymInt shift, SymInt width, SymInt first) -> Tensor");
-  m.def(
-      "selection_mask(Tensor scores, SymInt key, SymInt? tie, SymInt first_position) -> Tensor");
+  m.def("selection_mask(Tensor scores, SymInt key, SymInt? tie, SymInt first_position) -> Tensor");
 
   // ---- low_rank ----
   // `needs` of the gradient ops: bits 1 input (x), 2 down, 4 up, 8 mid_bias, 16 bias, 32 x0
