@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..reference.fan_in import DRAW_ROUNDS, FRACTION, LAYER, ROW, THRESHOLD
 from ._device import device_function
-from ._launch import checked_indices, launch, launcher
+from ._launch import NO_SPILL, checked_indices, launch, launcher
 from ._precision import cast
 from .fan_in_cases import layers
 from .fan_in_random import GOLDEN, ROUND, halves, hash64, hashed, whole
 
 BINS = 256
-SELECT_CONFIG = dict(BLOCK=1024, num_warps=8, num_stages=1)
+SELECT_CONFIG = dict(BLOCK=1024, num_warps=8, num_stages=1, **NO_SPILL)
 ROW_CONFIG = dict(BLOCK=64, num_warps=4, num_stages=1)  # two positions of a row against each other
 RESET_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 
