@@ -1,6 +1,6 @@
 // 2:4 linear on CUDA: checks, choice of tiles, launches.
-//   bf16, f16: sparse tensor cores, here; Hopper's in sparse24_linear_sm90.cu, where bulk copies
-//   can reach the operands float32: sparse24_linear_float.cu
+// bf16 and f16 run on sparse tensor cores: by mma.sp here, on Hopper in sparse24_linear_sm90.cu
+// where bulk copies can reach the operands. float32 is in sparse24_linear_float.cu.
 #include <atomic>
 
 #include "sparse24_linear.h"
