@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 from ._segments import Runs, sum_runs
 from .low_rank_embedding import bag_inputs, clamped, rank_block
 
 MAX_CONFIG = dict(BLOCK_L=16, BLOCK_D=64, num_warps=4)
-MAX_GRAD_CONFIG = dict(BLOCK_D=16, UNROLL=4, num_warps=4)
+MAX_GRAD_CONFIG = dict(BLOCK_D=16, UNROLL=4, num_warps=4, **NO_SPILL)
 
 
 @triton.jit
