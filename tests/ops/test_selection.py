@@ -14,7 +14,7 @@ DIGITS = [(21, 11, -1024), (53, 11, -1024), (10, 11, 1 << 18), (0, 10, 0x3F80000
 
 
 def ordered(scores: torch.Tensor) -> list[int]:
-    """Keys by another way: the rank among all finite halves, or the bits of the float, sign and magnitude."""
+    """Keys by another way: sign and magnitude of the floats' bits, one at a time."""
     out = []
     for value in scores.float().tolist():
         bits = int(torch.tensor(abs(value)).view(torch.int32))

@@ -41,6 +41,16 @@ def run_backward(input, values, metadata, bias, grad, activation, backend):
     return output, input.grad, values.grad, bias.grad
 
 
+def check_backward(case, activation, backend):
+    """Output and every gradient."""
+    actual = run_backward(*case, activation, backend)
+    exact = run_backward(*doubled(*case), activation, "reference")
+    baseline = run_backward(*case, activation, "reference")
+    names = ("output", "grad_input", "grad_values", "grad_bias")
+    for name, *three in zip(names, actual, exact, baseline, strict=True):
+        assert_close(name, *three)
+
+
 # ---- masks ----
 
 
@@ -217,13 +227,7 @@ def test_too_many_kept_names_the_first(backend):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_and_gradients(shape, dtype, backend):
     case = make_case(*shape, dtype=dtype)
-    actual = run_backward(*case, None, backend)
-    exact = run_backward(*doubled(*case), None, "reference")
-    baseline = run_backward(*case, None, "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, None, backend)
 
 
 @each_backend
@@ -232,26 +236,14 @@ def test_linear_and_gradients(shape, dtype, backend):
 @pytest.mark.parametrize("shape", [(5, 40, 21), (40, 19, 37)], ids=str)
 def test_activation(shape, activation, dtype, backend):
     case = make_case(*shape, dtype=dtype)
-    actual = run_backward(*case, activation, backend)
-    exact = run_backward(*doubled(*case), activation, "reference")
-    baseline = run_backward(*case, activation, "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, activation, backend)
 
 
 @without_interpreter
 def test_many_groups_of_panels(backend):
     """More batch rows than are packed at a time: sums over the groups."""
     case = make_case(1300, 2064, 20)
-    actual = run_backward(*case, "gelu", backend)
-    exact = run_backward(*doubled(*case), "gelu", "reference")
-    baseline = run_backward(*case, "gelu", "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, "gelu", backend)
 
 
 # (B, I, O) past the tiles that small cases take: the depth of the sums in parts, the largest tiles
@@ -263,13 +255,7 @@ CUDA_SHAPES = [(3, 1040, 20), (40, 600, 30), (600, 33, 20), (270, 130, 140)]
 @pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
 def test_tiles_and_parts_of_cuda(shape, dtype):
     case = make_case(*shape, dtype=dtype)
-    actual = run_backward(*case, "silu", "cuda")
-    exact = run_backward(*doubled(*case), "silu", "reference")
-    baseline = run_backward(*case, "silu", "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, "silu", "cuda")
 
 
 # (B, I, O) of each of Hopper's tiles, with edges in B and O and columns that only padding fills; bulk
@@ -320,13 +306,7 @@ def test_tiles_and_parts_of_hopper(shape, dtype, backend):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_hopper_activations_and_gradients(activation, backend):
     case = make_case(9, 120, 40, dtype=torch.bfloat16)
-    actual = run_backward(*case, activation, backend)
-    exact = run_backward(*doubled(*case), activation, "reference")
-    baseline = run_backward(*case, activation, "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, activation, backend)
 
 
 @on_hopper
@@ -472,13 +452,7 @@ def test_expanded_gradient(B, backend):
     """``output.sum().backward()`` hands over a gradient with strides 0."""
     case = list(make_case(B, 24, 10))
     case[4] = torch.ones(()).expand(B, 10)
-    actual = run_backward(*case, None, backend)
-    exact = run_backward(*doubled(*case), None, "reference")
-    baseline = run_backward(*case, None, "reference")
-    for name, *three in zip(
-        ("output", "grad_input", "grad_values", "grad_bias"), actual, exact, baseline, strict=True
-    ):
-        assert_close(name, *three)
+    check_backward(case, None, backend)
 
 
 @each_backend
