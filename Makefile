@@ -11,10 +11,13 @@ OUT ?= demo_out
 # AUTO, ON or OFF; and for which GPUs, in CMake's words (none: those of the wheel)
 CUDA ?= AUTO
 CUDA_ARCHITECTURES ?=
-CUDA_OPTIONS = -DRECSPARSE_CUDA=$(CUDA) -DRECSPARSE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
+# ALL, or NATIVE: CPU kernels for this machine's highest instruction level alone
+CPU_LEVELS ?= ALL
+OPTIONS = -DRECSPARSE_CPU_LEVELS=$(CPU_LEVELS) -DRECSPARSE_CUDA=$(CUDA) -DRECSPARSE_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)
 
-# The demo runs on the CPU and does not wait for nvcc.
+# The demo runs on this machine's CPU: it waits for no other kernels.
 demo: CUDA = OFF
+demo: CPU_LEVELS = NATIVE
 demo: build
 	$(BIN)/python -m recsparse_kernels demo --out $(OUT)
 
@@ -42,7 +45,7 @@ gpu: build
 	$(BIN)/python -m bench.gpu
 
 wheel: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS) $(CUDA_OPTIONS)" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	CMAKE_ARGS="$(CMAKE_ARGS) $(OPTIONS)" $(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 # The op tests under the address and undefined-behaviour sanitizers, on a copy of the package.
 SANITIZE := build/sanitize
@@ -59,7 +62,7 @@ sanitize: $(VENV)/ready
 		$(CURDIR)/$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(SANITIZE_TESTS))
 
 build: $(VENV)/ready
-	CMAKE_ARGS="$(CMAKE_ARGS) $(CUDA_OPTIONS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
+	CMAKE_ARGS="$(CMAKE_ARGS) $(OPTIONS) $(TEST_MODULE)" $(BIN)/python setup.py --quiet build_ext --inplace
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

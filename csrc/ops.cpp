@@ -11,8 +11,8 @@
 
 STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   // instruction level of the CPU kernels: 0 portable, 1 AVX2, 2 AVX-512
+  m.def("cpu_levels() -> int");
   m.def("cpu_level() -> int");
-  m.def("highest_cpu_level() -> int");
   m.def("set_cpu_level(int level) -> ()");
   m.def("use_huge_pages(Tensor tensor) -> int");
   m.def("set_huge_pages(bool outputs) -> ()");

@@ -33,6 +33,14 @@ def _load(name: str) -> Library:
     return Library(name, path, True, "")
 
 
+def _load_cpu() -> Library:
+    library = _load("_native_cpu")
+    if library.loaded and torch.ops.recsparse.cpu_levels() == 0:
+        reason = "was built for another machine's instructions (RECSPARSE_CPU_LEVELS=NATIVE)"
+        return dataclasses.replace(library, loaded=False, reason=reason)
+    return library
+
+
 MINIMUM_CAPABILITY = (8, 0)  # of a GPU: mma.sp and cp.async
 
 
@@ -77,6 +85,6 @@ def why_not_on_gpu() -> str:
     return ""
 
 
-CPU = _load("_native_cpu")
+CPU = _load_cpu()
 CUDA = _load_cuda(CPU)
 LIBRARIES = (CPU, CUDA)

@@ -20,10 +20,11 @@ _huge_pages = True
 
 
 def cpu_levels() -> tuple[str, ...]:
-    """Instruction levels that this machine runs, lowest first; empty without the native library."""
+    """Instruction levels built and run by this machine, lowest first; empty without the native library."""
     if not _native.CPU.loaded:
         return ()
-    return CPU_LEVELS[: torch.ops.recsparse.highest_cpu_level() + 1]
+    bits = torch.ops.recsparse.cpu_levels()
+    return tuple(level for i, level in enumerate(CPU_LEVELS) if bits >> i & 1)
 
 
 def cpu_level() -> str | None:
@@ -35,10 +36,10 @@ def set_cpu_level(level: str) -> None:
     """Force a lower instruction level than the machine has, for the whole process.
 
     Raises:
-        ValueError: the level is unknown, or this machine does not run it.
+        ValueError: the level is unknown, was not built, or this machine does not run it.
     """
     if level not in cpu_levels():
-        raise ValueError(f"level must be one of {cpu_levels()}, what this machine runs; got {level!r}")
+        raise ValueError(f"level must be one of {cpu_levels()}, built and run here; got {level!r}")
     torch.ops.recsparse.set_cpu_level(CPU_LEVELS.index(level))
 
 
@@ -127,7 +128,7 @@ def show_config() -> str:
         lines.append(f"{library.name.lstrip('_'):<13} {state}")
     lines.append(f"{'triton':<13} {_triton_state()}")
     if _native.CPU.loaded:
-        lines.append(f"cpu level {cpu_level()} (this machine runs {', '.join(cpu_levels())})")
+        lines.append(f"cpu level {cpu_level()} (built and run here: {', '.join(cpu_levels())})")
     else:
         lines.append("backend   reference only: correct, not fast")
     return "\n".join(lines)

@@ -1,6 +1,13 @@
-"""Huge pages are asked for where they should be, and nowhere once they are turned off."""
+"""Huge pages are asked for where they should be, and nowhere once they are turned off.
 
+Each test runs in a process of its own, where malloc has no memory to give again that asked for huge pages
+before.
+"""
+
+import functools
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,10 +25,18 @@ pytestmark = [
 ROWS = 80_000  # of 128 float32, 41 MB: malloc maps that much anew each time, and gives it back
 
 
-@pytest.fixture
-def huge_pages():
-    yield rk.set_huge_pages
-    rk.set_huge_pages(True)
+def in_new_process(test):
+    @functools.wraps(test)
+    def run():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(call, test.__name__).result()
+
+    run.body = test
+    return run
+
+
+def call(name):
+    globals()[name].body()
 
 
 def asked_for(tensor):
@@ -36,27 +51,30 @@ def asked_for(tensor):
     raise AssertionError("the tensor is in no mapping")
 
 
-def test_outputs(huge_pages):
+@in_new_process
+def test_outputs():
     weight = torch.ones(128, 16)
     packed = sparse24_compress(weight, sparse24_mask(weight))
     input = torch.ones(ROWS, 16)
     for enabled in (True, False, True):
-        huge_pages(enabled)
+        rk.set_huge_pages(enabled)
         output = sparse24_linear(input, *packed, backend="native")
         assert asked_for(output) == enabled
         del output
 
 
-def test_tables(huge_pages):
+@in_new_process
+def test_tables():
     for enabled in (False, True):
-        huge_pages(enabled)
+        rk.set_huge_pages(enabled)
         layer = rk.nn.LowRankEmbedding(ROWS * 16, 16, rank=8)
         assert asked_for(layer.table) == enabled
         del layer
 
 
-def test_by_name(huge_pages):
-    huge_pages(False)
+@in_new_process
+def test_by_name():
+    rk.set_huge_pages(False)
     table = torch.zeros(ROWS, 128)
     assert not asked_for(table)
     assert rk.use_huge_pages(table) > 2**25 and asked_for(table) and not table.any()
