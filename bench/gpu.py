@@ -461,7 +461,7 @@ def check_benches(report: Report, seconds: float) -> None:
         else:
             print(f"  {line}", flush=True)
 
-    failed = run_each(command, list(BENCHES), write, seconds=seconds, silent=SILENT_SECONDS, cwd=ROOT)
+    failed = run_each(command, list(BENCHES), write, seconds=seconds, silent=2 * SILENT_SECONDS, cwd=ROOT)
     for name, why in failed.items():
         report.fail(f"bench {name}", why)
 
@@ -480,7 +480,17 @@ def steps(
     python = [sys.executable, "-m", "bench.gpu_cases"]
     file = calls or folder / "calls.pt"
     if calls is None:
-        command = [*python, "record", str(file), "--select", select]
+        command = [
+            *python,
+            "record",
+            str(file),
+            "--select",
+            select,
+            "--jobs",
+            str(PROCESSES),
+            "--seconds",
+            "100",
+        ]
         yield functools.partial(run_step, report, "record", command), 150, 30
     for backend in BACKENDS if device == "cuda" else ("cuda",):
 

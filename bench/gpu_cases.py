@@ -12,10 +12,13 @@ import argparse
 import collections
 import os
 import random
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -81,20 +84,49 @@ class Recorder:
         mine.append(_map(tuple(args), lambda t: t.detach().clone()))
 
 
-def record(paths: tuple[str, ...] = ("tests/ops",), select: str = SELECT) -> Calls:
-    """Calls of the tests under ``paths`` that pytest's ``-k select`` takes, of those too that fail here."""
+class _Until:
+    """A pytest plugin: no test begins after the time."""
+
+    def __init__(self, end: float):
+        self.end = end
+
+    def pytest_runtest_teardown(self, item) -> None:
+        if time.monotonic() > self.end:
+            item.session.shouldstop = "out of time"
+
+
+def record(paths: Sequence[str | Path], select: str = SELECT, seconds: float = float("inf")) -> Calls:
+    """Calls of the tests in ``paths`` that pytest's ``-k select`` takes, of those too that fail here."""
     import pytest
 
     recorder = Recorder()
     OBSERVERS.append(recorder)
     try:
-        arguments = ["-q", "-p", "no:cacheprovider", "-k", select, *(str(ROOT / p) for p in paths)]
-        status = pytest.main(arguments)
+        arguments = ["-q", "-p", "no:cacheprovider", "-k", select, *map(str, paths)]
+        status = pytest.main(arguments, plugins=[_Until(time.monotonic() + seconds)])
     finally:
         OBSERVERS.remove(recorder)
     if status not in (0, 5):
         print(f"some of the tests that are recorded fail (pytest's status {int(status)})", file=sys.stderr)
     return {name: calls for name, calls in recorder.calls.items() if calls}
+
+
+def record_apart(paths: Sequence[Path], select: str, seconds: float, jobs: int) -> Calls:
+    """The same, each file of tests in a process of its own, so many at once."""
+
+    def one(path: Path) -> Calls:
+        file = Path(folder) / f"{path.stem}.pt"
+        command = [sys.executable, "-m", "bench.gpu_cases", "record", str(file), "--tests", str(path)]
+        command += ["--select", select, "--seconds", str(seconds)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        return torch.load(file, weights_only=False) if file.exists() else {}
+
+    every: Calls = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        for calls in pool.map(one, paths):
+            for name, mine in calls.items():
+                every[name] += mine
+    return {name: calls[:MOST_OF_AN_OP] for name, calls in every.items()}
 
 
 def _run(op, backend: str, args: tuple) -> list[Tensor]:
@@ -196,13 +228,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="native")
     parser.add_argument("--device", default="cuda", help="cpu: the CUDA kernels run on the CPU")
     parser.add_argument("--most", type=int, help="calls of each op")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each op")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="replay: for each op; record: for each file of tests",
+    )
     parser.add_argument("--ops", help="comma-separated; default: all")
     parser.add_argument("--lines", type=Path, help="write what is found there, as it comes")
     parser.add_argument("--select", default=SELECT, help="record: pytest's -k")
+    parser.add_argument(
+        "--tests", type=Path, nargs="+", help="record: these files; default: all of tests/ops"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="record: processes at once")
     args = parser.parse_args(argv)
     if args.command == "record":
-        calls = record(select=args.select)
+        tests = args.tests or sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+        if args.jobs > 1:
+            calls = record_apart(tests, args.select, args.seconds, args.jobs)
+        else:
+            calls = record(tests, args.select, args.seconds)
         torch.save(calls, args.file)
         print(f"{sum(map(len, calls.values()))} calls of {len(calls)} ops")
         return int(not calls)

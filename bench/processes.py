@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 POLL_SECONDS = 0.2
-START_SECONDS = 60  # to the first line, if that is more than what is allowed between lines
+START_SECONDS = 90  # to the first line, if that is more than what is allowed between lines
 TAIL = 2000  # characters of what a process that died has printed
 
 
