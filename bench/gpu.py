@@ -15,7 +15,6 @@ Writes bench/results/<gpu>.jsonl: a line for each op and backend, then one for e
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -38,7 +37,7 @@ import recsparse_kernels as rk
 from recsparse_kernels.ops._backend import OPS
 
 from . import gpu_cases, harness
-from .processes import Lines, run_each, run_side_by_side
+from .processes import Lines, end_group, run_each, run_side_by_side
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 8 * 60
@@ -83,27 +82,9 @@ def check_ops(
     each = max(2.0, seconds * processes / max(1, len(names)))
 
     def command(ops: list[str], lines: Path) -> list[str]:
-        options = [
-            "--backend",
-            backend,
-            "--device",
-            device,
-            "--seconds",
-            f"{each:.1f}",
-            "--lines",
-            str(lines),
-        ]
-        options += [] if most is None else ["--most", str(most)]
-        return [
-            sys.executable,
-            "-m",
-            "bench.gpu_cases",
-            "replay",
-            str(file),
-            "--ops",
-            ",".join(ops),
-            *options,
-        ]
+        replay = [sys.executable, "-m", "bench.gpu_cases", "replay", str(file), "--backend", backend]
+        replay += ["--device", device, "--seconds", f"{each:.1f}", "--ops", ",".join(ops)]
+        return [*replay, "--lines", str(lines), *([] if most is None else ["--most", str(most)])]
 
     cases = 0
 
@@ -139,9 +120,7 @@ def run_step(report: Report, name: str, command: list[str], seconds: float, **en
                 tail = f"status {process.returncode}"
         except subprocess.TimeoutExpired:
             tail = f"stopped after {seconds:.0f} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
+        end_group(process)
         printed.seek(0)
         text = printed.read()
     if tail:
@@ -468,9 +447,8 @@ def check_benches(report: Report, seconds: float) -> None:
 
 # ---- all of it ----
 
-Step = tuple[
-    Callable[[float], None], float, float
-]  # given its seconds; at most so many; kept for it at least
+# Is given its seconds; at most so many; kept for it, whatever those before take.
+Step = tuple[Callable[[float], None], float, float]
 
 
 def steps(
@@ -480,17 +458,8 @@ def steps(
     python = [sys.executable, "-m", "bench.gpu_cases"]
     file = calls or folder / "calls.pt"
     if calls is None:
-        command = [
-            *python,
-            "record",
-            str(file),
-            "--select",
-            select,
-            "--jobs",
-            str(PROCESSES),
-            "--seconds",
-            "100",
-        ]
+        command = [*python, "record", str(file), "--select", select]
+        command += ["--jobs", str(PROCESSES), "--seconds", "100"]
         yield functools.partial(run_step, report, "record", command), 150, 30
     for backend in BACKENDS if device == "cuda" else ("cuda",):
 
@@ -545,7 +514,8 @@ def main(argv: list[str] | None = None) -> int:
     print(rk.show_config(), flush=True)
     end = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
-        planned = list(steps(report, args.device, args.select, args.most, args.calls, Path(folder)))
+        calls = args.calls and args.calls.resolve()
+        planned = list(steps(report, args.device, args.select, args.most, calls, Path(folder)))
         for n, (step, most, _) in enumerate(planned):
             kept = sum(least for _, _, least in planned[n + 1 :])
             seconds = min(most, end - time.monotonic() - kept)
@@ -556,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
                 step(seconds)
             except Exception as error:  # the others go on
                 report.fail("step", f"{type(error).__name__}: {error}"[:2000])
-    print(f"{report.out}: {report.failures} failures")
+    print(f"{report.out}: {report.failures} failures", flush=True)
     return int(report.failures > 0)
 
 

@@ -243,7 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="record: processes at once")
     args = parser.parse_args(argv)
     if args.command == "record":
-        tests = args.tests or sorted((ROOT / "tests" / "ops").glob("test_*.py"))
+        tests = [test.resolve() for test in args.tests or []] or sorted(
+            (ROOT / "tests" / "ops").glob("test_*.py")
+        )
         if args.jobs > 1:
             calls = record_apart(tests, args.select, args.seconds, args.jobs)
         else:

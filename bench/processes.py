@@ -19,6 +19,7 @@ from pathlib import Path
 
 POLL_SECONDS = 0.2
 START_SECONDS = 90  # to the first line, if that is more than what is allowed between lines
+END_SECONDS = 20  # that a process which was killed is waited for
 TAIL = 2000  # characters of what a process that died has printed
 
 
@@ -90,11 +91,18 @@ def _follow(command, file: Path, write, seconds: float, silent: float, env, cwd)
                     break
                 time.sleep(POLL_SECONDS)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_group(process)
         printed.seek(0)
         return done, stopped or f"ended with status {process.returncode}: {printed.read()[-TAIL:]}"
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Ends the process, which began a session of its own, and what it has started. A driver may hold on to one
+    whose kernel hangs: it is not waited for long."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 def run_side_by_side(

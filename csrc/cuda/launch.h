@@ -91,7 +91,12 @@ class Stream {
     return value;
   }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  int64_t max_shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  // Without what the system has of each block: compilers count it among a kernel's own arrays on
+  // sm_90 and later.
+  int64_t max_shared_bytes() const {
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
+           attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+  }
   int architecture() const {  // 80, 90, 100
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
            attribute(cudaDevAttrComputeCapabilityMinor);
