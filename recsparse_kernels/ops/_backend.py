@@ -10,6 +10,7 @@ function, the same autograd formula and the same autocast rule:
     "reference"   torch.ops.recsparse_reference   recsparse_kernels/reference
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -80,7 +81,7 @@ class Op:
         self._fake, self._backward, self._setup_context = fake, backward, setup_context
         self._autocast = autocast
         for backend, namespace in NAMESPACES.items():
-            if hasattr(getattr(torch.ops, namespace), self.name):
+            if hasattr(getattr(torch.ops, namespace), self.name) and self._fits(backend):
                 self._bind(backend, namespace)
         # device types for which a native library holds a kernel of this op
         self.native_devices = tuple(
@@ -89,6 +90,23 @@ class Op:
             if "native" in self._overloads and _has_kernel("recsparse", self.name, key)
         )
         OPS[self.name] = self
+
+    def _fits(self, backend: str) -> bool:
+        """Whether the op can be called there: a native library may be of other sources, or another machine's."""
+        if backend != "native":
+            return True
+        if not _native.CPU.loaded:
+            return False
+        native = getattr(torch.ops.recsparse, self.name).default._schema
+        reference = getattr(torch.ops.recsparse_reference, self.name).default._schema
+        if str(native).partition("::")[2] == str(reference).partition("::")[2]:
+            return True
+        warnings.warn(
+            f"{_native.CPU.path.name} was built from other sources than this package: {self.name} runs on the "
+            "reference. Build the library again.",
+            stacklevel=2,
+        )
+        return False
 
     def _bind(self, backend: str, namespace: str) -> None:
         """Gives the op of that namespace the fake function, the autograd formula and the autocast rule."""

@@ -36,6 +36,15 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {tensor.device}")
 
 
+def check_in_features(input: Tensor, in_features: int) -> None:
+    """The width a layer was made for; an op that pads or reads chosen columns would take others too."""
+    check_tensor("input", input)
+    if input.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"input must have shape [..., I], I = in_features = {in_features}; got {shape(input)}"
+        )
+
+
 def check_shape(name: str, tensor: Tensor, wanted: tuple, letters: str = "") -> None:
     """``wanted`` holds sizes, or None where any size will do; ``letters`` explains them: "[O, F]"."""
     check_tensor(name, tensor)
