@@ -121,6 +121,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+def check_own_weight(model: nn.Module, name: str, layer: nn.Module, *, once: bool = False) -> None:
+    """ValueError unless the layer's weight is a Parameter of its own, of no other layer too.
+
+    ``once``: nor may the layer itself stand in two places of the model.
+    """
+    if layer._parameters.get("weight") is None:
+        raise ValueError(
+            f"layer {name!r} computes its weight (parametrized, normalised or pruned): undo that first"
+        )
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+    owners = {id(model.get_submodule(n.rpartition(".")[0])) for n in names}
+    if len(names if once else owners) > 1:
+        raise ValueError(f"layer {name!r} shares its weight: {', '.join(names)}")
+
+
 def generator(seed: int, *place: int | str) -> torch.Generator:
     """A CPU generator that depends on the seed and on where it is used (step, layer), on nothing else.
 
