@@ -76,6 +76,28 @@ class TrainingMethod:
         self.steps = steps
 
 
+class Tap:
+    """Base of what is attached to a layer as ``layer.tap``: `__call__` is never traced by torch.compile.
+
+    A copy of the layer is not watched.
+    """
+
+    def __new__(cls, *args):
+        if "__call__" in cls.__dict__ and cls not in _UNTRACED:
+            _UNTRACED.add(cls)  # not when the class is made: this imports torch._dynamo, which takes a second
+            cls.__call__ = torch.compiler.disable(cls.__call__)
+        return super().__new__(cls)
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+_UNTRACED: set[type[Tap]] = set()
+
+
 def _copied(value):
     if isinstance(value, Tensor):
         return value.detach().clone()
