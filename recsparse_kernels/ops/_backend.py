@@ -71,6 +71,7 @@ class Op:
         self.shape_class = shape_class or default_shape_class
         self.schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         self._overloads = {}
+        self._functions: dict[str, type[torch.autograd.Function]] = {}
         _libraries["reference"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _libraries["reference"].impl(self.name, reference, "CompositeExplicitAutograd")
         launcher = triton_backend.LAUNCHERS.get(self.name)
@@ -119,6 +120,7 @@ class Op:
                 _bind_formula(self._backward, backend) if self._backward else _not_differentiable(self.name)
             )
             torch.library.register_autograd(qualname, formula, setup_context=self._setup_context, lib=lib)
+            self._functions[backend] = _transformable(overload, formula, self._setup_context)
         if self._autocast:
             for device_type in ("cpu", "cuda"):
                 _register_autocast(overload, device_type, lib)
@@ -197,7 +199,9 @@ class Op:
         for observer in OBSERVERS:
             observer(self, args, picked, backend)
         try:
-            if self.mutates or _wants_grad(args):
+            if torch._C._are_functorch_transforms_active() and not self.mutates:
+                result = self._functions[picked].apply(*args)
+            elif self.mutates or _wants_grad(args):
                 result = overload(*args)
             else:  # past the autograd formula, a Python function that would only pass the call on
                 with torch._C._AutoDispatchBelowAutograd():
@@ -260,6 +264,22 @@ def _bind_formula(backward: Callable, backend: str) -> Callable:
         return backward(ctx, *grads, backend=backend)
 
     return formula
+
+
+def _transformable(overload: torch._ops.OpOverload, formula: Callable, setup: Callable | None) -> type:
+    """The op for torch.func (grad, vmap, ...), which does not take the autograd of ``torch.library``."""
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def setup_context(ctx, inputs, output):
+        if setup is not None:
+            setup(ctx, inputs, output)
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": formula}
+    members = {name: staticmethod(method) for name, method in methods.items()}
+    return type(overload.name(), (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
 
 
 def _not_differentiable(name: str) -> Callable:
