@@ -35,10 +35,12 @@ def _load(name: str) -> Library:
 
 def _load_cpu() -> Library:
     library = _load("_native_cpu")
-    if library.loaded and torch.ops.recsparse.cpu_levels() == 0:
+    reason = ""
+    if library.loaded and not hasattr(torch.ops.recsparse, "cpu_levels"):
+        reason = "was built from other sources than this package: build it again"
+    elif library.loaded and torch.ops.recsparse.cpu_levels() == 0:
         reason = "was built for another machine's instructions (RECSPARSE_CPU_LEVELS=NATIVE)"
-        return dataclasses.replace(library, loaded=False, reason=reason)
-    return library
+    return dataclasses.replace(library, loaded=False, reason=reason) if reason else library
 
 
 MINIMUM_CAPABILITY = (8, 0)  # of a GPU: mma.sp and cp.async

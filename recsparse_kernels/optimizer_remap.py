@@ -66,8 +66,8 @@ def remap_optimizer(optimizer: torch.optim.Optimizer, report: SwapReport) -> Rem
 
     Raises:
         TypeError: an argument is not what is named above.
-        ValueError: the optimizer keeps one state for all parameters (LBFGS), or a group has other
-            entries of the old parameter's length that cannot be carried. It is then as it was.
+        ValueError: the optimizer keeps one state for all parameters (LBFGS), or takes only matrices
+            (Muon) and a packed parameter is none. It is then as it was.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
@@ -98,6 +98,11 @@ def remap_optimizer(optimizer: torch.optim.Optimizer, report: SwapReport) -> Rem
             if source is None or id(parameter) in placed:
                 continue  # frozen before; or tied and placed already
             placed.add(id(parameter))
+            if isinstance(optimizer, torch.optim.Muon) and parameter.dim() != 2:
+                raise ValueError(
+                    f"optimizer must take vectors; Muon takes only matrices, and "
+                    f"{replacement.name}.{name} has shape {tuple(parameter.shape)}"
+                )
             group = groups[id(source)]
             state, entry = _move_state(optimizer, group, replacement, name, source, parameter)
             full_name = f"{replacement.name}.{name}"
@@ -119,6 +124,9 @@ def _move_state(
     old, role = optimizer.state.get(source, {}), replacement.stems[name]
     if not old:
         return None, Remapped(full_name, group, "none", "the optimizer had none")
+    if isinstance(optimizer, torch.optim.Adafactor) and (source.dim() > 1) != (parameter.dim() > 1):
+        reason = "Adafactor factors the state of matrices, not that of vectors"
+        return None, Remapped(full_name, group, "fresh", reason)
     new = {}
     for key, value in old.items():
         if not isinstance(value, Tensor) or value.dim() == 0:

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -188,7 +189,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _is_wrapper(module: nn.Module) -> bool:
-    return isinstance(module, (torch._dynamo.OptimizedModule, nn.DataParallel))
+    dynamo = sys.modules.get("torch._dynamo")  # a second to import; without it nothing is compiled
+    return isinstance(module, nn.DataParallel) or bool(dynamo and isinstance(module, dynamo.OptimizedModule))
 
 
 def _matches(key: str | type, site: Site, dense_type: type | None) -> bool:

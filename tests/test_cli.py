@@ -1,6 +1,7 @@
 """The commands: what they print, and that a mistake gets one line."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -128,3 +129,20 @@ def test_bench_table_has_every_case(capsys):
 def test_bench_without_the_gpu_asked_for(capsys):
     assert main(["bench", "--device", "cuda"]) == 2
     assert "--device cuda: torch sees no GPU" in capsys.readouterr().err
+
+
+def test_import_takes_no_more_than_it_needs():
+    """torch._dynamo takes a second to import, Triton and the plotting packages some tenths."""
+    code = (
+        "import sys, torch\n"
+        "heavy = {'torch._dynamo', 'sympy', 'triton', 'rich', 'matplotlib', 'pandas', 'sklearn', 'scipy'}\n"
+        "heavy -= set(sys.modules)\n"
+        "import recsparse_kernels as rk\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(64, 64))\n"
+        "assert rk.swap_modules(model, {torch.nn.Linear: rk.nn.Sparse24Linear}, min_numel=0).swapped\n"
+        "model(torch.ones(1, 64)).sum().backward()\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr

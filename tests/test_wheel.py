@@ -137,6 +137,53 @@ def test_import_without_the_library(tmp_path):
     assert "missing" in run.stdout and "not built" in run.stdout and "reference only" in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("library", "said", "warned"),
+    [
+        ("", "was built from other sources", ""),
+        ("cpu_levels() -> int", "another machine's instructions", ""),
+        ("cpu_levels() -> int", "", "selection_mask runs on the reference"),
+    ],
+    ids=["old", "other machine", "old schema"],
+)
+def test_a_library_of_other_sources_or_another_machine_is_passed_over(tmp_path, library, said, warned):
+    """A stand-in for the library: ``cpu_levels`` returns 0 (no level runs here), or 1 with an op that differs."""
+    shutil.copytree(
+        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
+    )
+    (tmp_path / "recsparse_kernels" / "_native_cpu.so").write_bytes(b"stand-in")
+    code = f"""
+import torch, warnings
+library = torch.library.Library("recsparse", "DEF")
+def load(path):
+    library.define("selection_mask(Tensor old) -> Tensor")
+    library.impl("selection_mask", lambda old: old, "CPU")
+    if {bool(library)}:
+        library.define("cpu_levels() -> int")
+        library.impl("cpu_levels", lambda: {int(bool(warned))}, "CompositeExplicitAutograd")
+    for name in ("cpu_level() -> int", "use_huge_pages(Tensor tensor) -> int"):
+        library.define(name)
+        library.impl(name.partition("(")[0], lambda *a: 0, "CompositeExplicitAutograd")
+torch.ops.load_library = load
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import recsparse_kernels as rk
+from recsparse_kernels.ops._backend import OPS
+assert all(op.backends() == ("reference",) for op in OPS.values())
+rk.nn.Sparse24Linear(32, 8)(torch.ones(2, 32))
+print(rk.show_config(), *(w.message for w in caught))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ".", "TRITON_INTERPRET": "0"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert said in run.stdout and warned in run.stdout
+
+
 def test_a_library_that_does_not_load_is_reported(tmp_path):
     shutil.copytree(
         Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")

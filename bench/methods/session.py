@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -44,7 +45,12 @@ class Run:
     def resume(self) -> dict | None:
         if not self._checkpoint.exists():
             return None
-        held = torch.load(self._checkpoint, weights_only=False)
+        try:
+            held = torch.load(self._checkpoint, weights_only=False)
+        except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
+            name = self._checkpoint.name
+            print(f"{name} cannot be read, the run starts anew: {error}".split("\n")[0], file=sys.stderr)
+            return None
         self.curve, self._seconds, self.resumed = held["curve"], held["seconds"], True
         return held["state"]
 
@@ -99,8 +105,14 @@ class Session:
         """Key -> line of each finished run; of a key that is there twice, the later."""
         if not self.lines.exists():
             return {}
-        lines = [json.loads(text) for text in self.lines.read_text(encoding="utf-8").splitlines()]
-        return {line["key"]: line for line in lines}
+        found = {}
+        for number, text in enumerate(self.lines.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                line = json.loads(text)
+                found[line["key"]] = line
+            except (ValueError, KeyError, TypeError):  # cut off: the process was killed while it wrote
+                print(f"{self.lines.name}:{number} cannot be read and is left aside", file=sys.stderr)
+        return found
 
     def run(self, config: dict, steps: int, body: Callable[[Run], dict]) -> dict:
         """The line of this run, from the file or from ``body``. ``config`` is what tells runs apart."""
@@ -119,8 +131,9 @@ class Session:
             "key": key, "method": self.method, "run": config, "result": result, "curve": run.curve,
             "seconds": run.seconds, "resumed": run.resumed, "threads": torch.get_num_threads(), **machine(),
         }  # fmt: skip
-        with open(self.lines, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        whole = not self.lines.exists() or self.lines.read_bytes()[-1:] in (b"", b"\n")
+        with open(self.lines, "a", encoding="utf-8") as file:  # never behind a line that was cut off
+            file.write(("" if whole else "\n") + json.dumps(line) + "\n")
         checkpoint.unlink(missing_ok=True)
         self._bars.update(task, completed=steps)
         if not self._terminal:  # a log file gets a line instead of a bar

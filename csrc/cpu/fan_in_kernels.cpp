@@ -181,6 +181,17 @@ RS_INLINE void prefetch_ahead(const FanInTile& tile, int64_t label, int64_t labe
 
 // ---- logits ----
 
+// Sums and bias. The bias comes last: small products added to a large bias would each be rounded.
+template <int kLabels, int kVecs>
+RS_INLINE void store_logits(const FanInTile& tile, int64_t label, const Vec (&sum)[kLabels][kVecs],
+                            float* logits) {
+  float* out = logits + label * kVecs * kLanes;
+  for (int j = 0; j < kLabels; ++j) {
+    const Vec bias = tile.bias ? broadcast(tile.bias[label + j]) : zero();
+    for (int v = 0; v < kVecs; ++v) store(out + (j * kVecs + v) * kLanes, sum[j][v] + bias);
+  }
+}
+
 // Labels with inputs of their own, against a panel of kVecs vectors.
 template <int kLabels, int kVecs, class Index>
 RS_INLINE void logits_separate(const FanInTile& tile, int64_t label, const Index* indices,
@@ -190,8 +201,7 @@ RS_INLINE void logits_separate(const FanInTile& tile, int64_t label, const Index
   const float* weight = tile.weight + label * fan_in;
   Vec sum[kLabels][kVecs];
   for (int j = 0; j < kLabels; ++j)
-    for (int v = 0; v < kVecs; ++v)
-      sum[j][v] = tile.bias ? broadcast(tile.bias[label + j]) : zero();
+    for (int v = 0; v < kVecs; ++v) sum[j][v] = zero();
   const auto add = [&](int j, Vec w, int64_t at) __attribute__((always_inline)) {
     for (int v = 0; v < kVecs; ++v)
       sum[j][v] = fmadd(w, load(panel + at * kRow + v * kLanes), sum[j][v]);
@@ -212,9 +222,7 @@ RS_INLINE void logits_separate(const FanInTile& tile, int64_t label, const Index
   for (; f < fan_in; ++f)
     for (int j = 0; j < kLabels; ++j)
       add(j, broadcast(weight[j * fan_in + f]), int64_t(indices[j * fan_in + f]));
-  float* out = logits + label * kRow;
-  for (int j = 0; j < kLabels; ++j)
-    for (int v = 0; v < kVecs; ++v) store(out + (j * kVecs + v) * kLanes, sum[j][v]);
+  store_logits<kLabels, kVecs>(tile, label, sum, logits);
 }
 
 // Labels that share their inputs.
@@ -226,8 +234,7 @@ RS_INLINE void logits_shared(const FanInTile& tile, int64_t label, const Index* 
   const float* weight = tile.weight + label * fan_in;
   Vec sum[kLabels][kVecs];
   for (int j = 0; j < kLabels; ++j)
-    for (int v = 0; v < kVecs; ++v)
-      sum[j][v] = tile.bias ? broadcast(tile.bias[label + j]) : zero();
+    for (int v = 0; v < kVecs; ++v) sum[j][v] = zero();
   for (int64_t f = 0; f < fan_in; ++f) {
     const float* row = panel + int64_t(indices[f]) * kRow;
     Vec x[kVecs];
@@ -237,9 +244,7 @@ RS_INLINE void logits_shared(const FanInTile& tile, int64_t label, const Index* 
       for (int v = 0; v < kVecs; ++v) sum[j][v] = fmadd(w, x[v], sum[j][v]);
     }
   }
-  float* out = logits + label * kRow;
-  for (int j = 0; j < kLabels; ++j)
-    for (int v = 0; v < kVecs; ++v) store(out + (j * kVecs + v) * kLanes, sum[j][v]);
+  store_logits<kLabels, kVecs>(tile, label, sum, logits);
 }
 
 template <int kVecs, class Index>
@@ -276,9 +281,7 @@ RS_INLINE void logits_small(const FanInTile& tile, int64_t label, const Index* c
                             const float* panel, float* logits) {
   const int64_t fan_in = tile.fan_in;
   const float* weight = tile.weight + label * fan_in;
-  Narrow<kRows> sum[kLabels];
-  for (int j = 0; j < kLabels; ++j)
-    sum[j] = Narrow<kRows>{} + (tile.bias ? tile.bias[label + j] : 0.0f);
+  Narrow<kRows> sum[kLabels] = {};
   int64_t f = 0;
   for (; f + 4 <= fan_in; f += 4) {
     for (int j = 0; j < kLabels; ++j) {
@@ -291,7 +294,10 @@ RS_INLINE void logits_small(const FanInTile& tile, int64_t label, const Index* c
   for (; f < fan_in; ++f)
     for (int j = 0; j < kLabels; ++j)
       sum[j] += weight[j * fan_in + f] * load_narrow<kRows>(panel + int64_t(indices[j][f]) * kRows);
-  for (int j = 0; j < kLabels; ++j) store_narrow<kRows>(logits + (label + j) * kRows, sum[j]);
+  for (int j = 0; j < kLabels; ++j) {
+    const float bias = tile.bias ? tile.bias[label + j] : 0.0f;
+    store_narrow<kRows>(logits + (label + j) * kRows, sum[j] + bias);
+  }
 }
 
 template <int kRows, class Index>

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_in_features
 from ..ops.fan_in import FanInUpdate, column_dtype
 from ._base import MemoryReport, PackedModule, copy_requires_grad
 
@@ -91,6 +92,7 @@ class FixedFanInLinear(PackedModule):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
+        check_in_features(input, self.in_features)
         output = ops.fan_in_linear(
             input, *self._layer(), group_size=self.group_size, update=self._active_update()
         )
@@ -107,6 +109,7 @@ class FixedFanInLinear(PackedModule):
             kind: "bce" or "squared_hinge".
             reduction: "mean" over ``B O``, "sum", or "batchmean".
         """
+        check_in_features(input, self.in_features)
         loss = ops.fan_in_loss(
             input, *self._layer(), *positives, kind=kind, reduction=reduction, group_size=self.group_size,
             update=self._active_update(),
@@ -119,6 +122,7 @@ class FixedFanInLinear(PackedModule):
         """Loss, gradient to the input, and the fused optimizer's step, in one pass over the labels."""
         if self.update is None:
             raise ValueError("loss_step needs an optimizer: call fuse_optimizer first")
+        check_in_features(input, self.in_features)
         if self.tap is not None:
             self.tap(None, "loss", input, positives, kind, reduction)
         return ops.fan_in_loss_step(
@@ -138,10 +142,12 @@ class FixedFanInLinear(PackedModule):
 
     def topk(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Logits and labels ``[B, k]`` of the k best labels (`ops.fan_in_topk`)."""
+        check_in_features(input, self.in_features)
         return ops.fan_in_topk(input, *self._layer(), k, group_size=self.group_size)
 
     def score(self, input: Tensor, candidates: Tensor) -> Tensor:
         """Logits of ``candidates [B, C]`` (`ops.fan_in_score`)."""
+        check_in_features(input, self.in_features)
         return ops.fan_in_score(input, *self._layer(), candidates, group_size=self.group_size)
 
     def fuse_optimizer(self, kind: str | None = "sgd", **options: Any) -> FanInUpdate | None:

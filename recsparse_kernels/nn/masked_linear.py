@@ -51,7 +51,10 @@ class MaskedLinear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         output = self.packed.matmul_t(input)
-        return output if self.bias is None else output.add_(self.bias)  # in place: no second [B, O] tensor
+        if self.bias is None:
+            return output
+        # without gradients in place: no second [B, O] tensor. torch.func forbids it for the output of an op
+        return output + self.bias if torch.is_grad_enabled() else output.add_(self.bias)
 
     @classmethod
     def from_dense(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._activation import activation_code
+from ..ops._check import check_in_features
 from ..reference.sparse24 import padded
 from ._base import PackedModule, copy_requires_grad
 
@@ -84,6 +85,7 @@ class Sparse24Linear(PackedModule):
         self._load_dense(dense)
 
     def forward(self, input: Tensor) -> Tensor:
+        check_in_features(input, self.in_features)
         return ops.sparse24_linear(input, self.values, self.metadata, self.bias, activation=self.activation)
 
     @classmethod

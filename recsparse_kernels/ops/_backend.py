@@ -10,6 +10,7 @@ function, the same autograd formula and the same autocast rule:
     "reference"   torch.ops.recsparse_reference   recsparse_kernels/reference
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -70,6 +71,7 @@ class Op:
         self.shape_class = shape_class or default_shape_class
         self.schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         self._overloads = {}
+        self._functions: dict[str, type[torch.autograd.Function]] = {}
         _libraries["reference"].define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _libraries["reference"].impl(self.name, reference, "CompositeExplicitAutograd")
         launcher = triton_backend.LAUNCHERS.get(self.name)
@@ -80,7 +82,7 @@ class Op:
         self._fake, self._backward, self._setup_context = fake, backward, setup_context
         self._autocast = autocast
         for backend, namespace in NAMESPACES.items():
-            if hasattr(getattr(torch.ops, namespace), self.name):
+            if hasattr(getattr(torch.ops, namespace), self.name) and self._fits(backend):
                 self._bind(backend, namespace)
         # device types for which a native library holds a kernel of this op
         self.native_devices = tuple(
@@ -89,6 +91,23 @@ class Op:
             if "native" in self._overloads and _has_kernel("recsparse", self.name, key)
         )
         OPS[self.name] = self
+
+    def _fits(self, backend: str) -> bool:
+        """Whether the op can be called there: a native library may be of other sources, or another machine's."""
+        if backend != "native":
+            return True
+        if not _native.CPU.loaded:
+            return False
+        native = getattr(torch.ops.recsparse, self.name).default._schema
+        reference = getattr(torch.ops.recsparse_reference, self.name).default._schema
+        if str(native).partition("::")[2] == str(reference).partition("::")[2]:
+            return True
+        warnings.warn(
+            f"{_native.CPU.path.name} was built from other sources than this package: {self.name} runs on the "
+            "reference. Build the library again.",
+            stacklevel=2,
+        )
+        return False
 
     def _bind(self, backend: str, namespace: str) -> None:
         """Gives the op of that namespace the fake function, the autograd formula and the autocast rule."""
@@ -101,6 +120,7 @@ class Op:
                 _bind_formula(self._backward, backend) if self._backward else _not_differentiable(self.name)
             )
             torch.library.register_autograd(qualname, formula, setup_context=self._setup_context, lib=lib)
+            self._functions[backend] = _transformable(overload, formula, self._setup_context)
         if self._autocast:
             for device_type in ("cpu", "cuda"):
                 _register_autocast(overload, device_type, lib)
@@ -179,7 +199,9 @@ class Op:
         for observer in OBSERVERS:
             observer(self, args, picked, backend)
         try:
-            if self.mutates or _wants_grad(args):
+            if torch._C._are_functorch_transforms_active() and not self.mutates:
+                result = self._functions[picked].apply(*args)
+            elif self.mutates or _wants_grad(args):
                 result = overload(*args)
             else:  # past the autograd formula, a Python function that would only pass the call on
                 with torch._C._AutoDispatchBelowAutograd():
@@ -242,6 +264,22 @@ def _bind_formula(backward: Callable, backend: str) -> Callable:
         return backward(ctx, *grads, backend=backend)
 
     return formula
+
+
+def _transformable(overload: torch._ops.OpOverload, formula: Callable, setup: Callable | None) -> type:
+    """The op for torch.func (grad, vmap, ...), which does not take the autograd of ``torch.library``."""
+
+    def forward(*args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
+    def setup_context(ctx, inputs, output):
+        if setup is not None:
+            setup(ctx, inputs, output)
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": formula}
+    members = {name: staticmethod(method) for name, method in methods.items()}
+    return type(overload.name(), (torch.autograd.Function,), {**members, "generate_vmap_rule": True})
 
 
 def _not_differentiable(name: str) -> Callable:

@@ -36,12 +36,25 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {tensor.device}")
 
 
+def check_in_features(input: Tensor, in_features: int) -> None:
+    """The width a layer was made for; an op that pads or reads chosen columns would take others too."""
+    check_tensor("input", input)
+    if input.shape[-1:] != (in_features,):
+        raise ValueError(
+            f"input must have shape [..., I], I = in_features = {in_features}; got {shape(input)}"
+        )
+
+
 def check_shape(name: str, tensor: Tensor, wanted: tuple, letters: str = "") -> None:
     """``wanted`` holds sizes, or None where any size will do; ``letters`` explains them: "[O, F]"."""
     check_tensor(name, tensor)
-    fits = tensor.dim() == len(wanted) and all(
-        w is None or s == w for s, w in zip(tensor.shape, wanted, strict=True)
-    )
+    sizes = tensor.shape
+    fits = len(sizes) == len(wanted)
+    if fits:
+        for size, want in zip(sizes, wanted, strict=True):  # three times as fast as all(): every call pays
+            if want is not None and size != want:
+                fits = False
+                break
     if not fits:
         text = "(" + ", ".join("any" if w is None else str(w) for w in wanted) + ")"
         raise ValueError(

@@ -76,6 +76,28 @@ class TrainingMethod:
         self.steps = steps
 
 
+class Tap:
+    """Base of what is attached to a layer as ``layer.tap``: `__call__` is never traced by torch.compile.
+
+    A copy of the layer is not watched.
+    """
+
+    def __new__(cls, *args):
+        if "__call__" in cls.__dict__ and cls not in _UNTRACED:
+            _UNTRACED.add(cls)  # not when the class is made: this imports torch._dynamo, which takes a second
+            cls.__call__ = torch.compiler.disable(cls.__call__)
+        return super().__new__(cls)
+
+    def __deepcopy__(self, memo):
+        return None
+
+    def __reduce__(self):
+        return type(None), ()
+
+
+_UNTRACED: set[type[Tap]] = set()
+
+
 def _copied(value):
     if isinstance(value, Tensor):
         return value.detach().clone()
@@ -119,6 +141,21 @@ def check_count(name: str, value: int, least: int = 1) -> None:
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, or the model."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def check_own_weight(model: nn.Module, name: str, layer: nn.Module, *, once: bool = False) -> None:
+    """ValueError unless the layer's weight is a Parameter of its own, of no other layer too.
+
+    ``once``: nor may the layer itself stand in two places of the model.
+    """
+    if layer._parameters.get("weight") is None:
+        raise ValueError(
+            f"layer {name!r} computes its weight (parametrized, normalised or pruned): undo that first"
+        )
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+    owners = {id(model.get_submodule(n.rpartition(".")[0])) for n in names}
+    if len(names if once else owners) > 1:
+        raise ValueError(f"layer {name!r} shares its weight: {', '.join(names)}")
 
 
 def generator(seed: int, *place: int | str) -> torch.Generator:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..ops.masked_embedding import _BAG, MODES
 from ..reference.masked_embedding import EACH, MAX, _bag_scale, _bags, _lookup_gradients
-from ._method import all_reduce_sum, is_distributed
+from ._method import Tap, all_reduce_sum, is_distributed
 from .selection import select_largest
 
 LOOKUPS_TOGETHER = 1 << 16  # gradients of lookups gathered at a time: 16 MiB at D = 64
@@ -72,22 +72,15 @@ class _Products:
         return self.grad[:, ids].to(dtype).T @ self.input.to(dtype)
 
 
-class GradientTap:
+class GradientTap(Tap):
     """Attached to a layer as ``layer.tap``: records the gradients of its outputs."""
 
     def __init__(self, layer):
         self._describe = _describer(layer)
         self.pieces: list[_Lookups | _AllRows | _Products] = []
 
-    @torch.compiler.disable
     def __call__(self, output: Tensor, op: str, *inputs) -> None:
         output.register_hook(lambda grad: self.pieces.append(self._describe(grad.detach(), op, *inputs)))
-
-    def __deepcopy__(self, memo):  # a copy of the layer is not watched
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 def _describer(layer) -> Callable:

@@ -18,7 +18,15 @@ from ..nn import LowRankEmbedding, LowRankEmbeddingBag, LowRankFields, LowRankLi
 from ..nn._factorize import factorize, table_basis
 from ..swap import swap_modules
 from ..swap_report import SwapReport
-from ._method import TrainingMethod, agree, all_reduce_sum, check_count, check_tensor_state, unwrap
+from ._method import (
+    TrainingMethod,
+    agree,
+    all_reduce_sum,
+    check_count,
+    check_own_weight,
+    check_tensor_state,
+    unwrap,
+)
 from .feature_mimicking_fields import check_readers, field_tables
 from .feature_mimicking_statistics import Candidate, Moments, Spectrum, mimic_linear, pick_ranks, spectrum
 
@@ -80,7 +88,7 @@ class FeatureMimicking(TrainingMethod):
 
     Raises:
         TypeError: a named layer is of a type that has no low-rank form here.
-        ValueError: a name is not in the model, or a layer is too wide.
+        ValueError: a name is not in the model, a layer is too wide, or shares or computes its weight.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class FeatureMimicking(TrainingMethod):
                     f"layer {name!r} must be an nn.Linear, nn.Embedding or nn.EmbeddingBag; "
                     f"got {type(modules[name]).__name__}"
                 )
+            check_own_weight(self._model, name, modules[name])
             wide = isinstance(modules[name], nn.Linear) and modules[name].out_features > max_features
             if wide:
                 raise ValueError(
@@ -148,7 +157,8 @@ class FeatureMimicking(TrainingMethod):
         for name, table in self._tables.items():
             counts = self._counts[name]
             self._hooks.append(table.register_forward_pre_hook(
-                lambda module, args, counts=counts: _count(counts, args[0])))  # fmt: skip
+                lambda module, args, kwargs, counts=counts: _count(counts, args[0] if args else kwargs["input"]),
+                with_kwargs=True))  # fmt: skip
 
     def stop(self) -> None:
         """Take the hooks off."""

@@ -14,7 +14,7 @@ from .. import ops
 from ..nn import Sparse24Linear
 from ..optimizer_remap import remap_optimizer
 from ..swap import swap_modules, unswap_modules
-from ._method import check_finite, check_tensor_state, generator
+from ._method import check_finite, check_own_weight, check_tensor_state, generator
 
 MIN_SIDE = 64  # a 2:4 product of smaller layers is not faster than a dense one
 
@@ -38,6 +38,7 @@ class Sparse24Phases:
             module = dict(model.named_modules()).get(name)
             if type(module) is not nn.Linear:
                 raise TypeError(f"layer {name!r} must be an nn.Linear; got {type(module).__name__}")
+            check_own_weight(model, name, module)
         self.model, self.names, self.optimizers, self.grow, self.seed = model, names, optimizers, grow, seed
         self.dropped: dict[str, Tensor] = {}  # layer -> values that the mask dropped, packed as 2:4
         self._report = None

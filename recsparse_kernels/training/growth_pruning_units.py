@@ -4,14 +4,15 @@ Unit i of a pair of linear layers is row i of the first weight (and bias, and of
 column i of the second: both shrink, and so does every tensor of optimizer state that is laid out alike.
 """
 
+import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ._method import check_finite, generator
+from ._method import check_finite, check_own_weight, generator
 
 # what may stand between the two layers: acts on each unit alone
 ELEMENTWISE = (
@@ -41,20 +42,17 @@ def find_hidden_units(model: nn.Module) -> list[HiddenUnits]:
     Between them may stand activations, dropout and BatchNorm1d. Pairs that share a layer with another
     place of the model are left out.
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for child in module.children():
-            owners[id(child)] = owners.get(id(child), 0) + 1
+    uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     inner = {id(c) for m in model.modules() if isinstance(m, nn.Sequential) for c in m.children()}
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Sequential) and id(module) not in inner:
-            found += _pairs(list(_flat(module, name)), owners)
+            found += _pairs(list(_flat(module, name)), uses)
     return found
 
 
 def _flat(chain: nn.Sequential, name: str) -> Iterator[tuple[str, nn.Module]]:
-    for key, child in chain.named_children():
+    for key, child in chain._modules.items():  # a layer that stands there twice, twice
         full = f"{name}.{key}" if name else key
         if isinstance(child, nn.Sequential):
             yield from _flat(child, full)
@@ -62,10 +60,10 @@ def _flat(chain: nn.Sequential, name: str) -> Iterator[tuple[str, nn.Module]]:
             yield full, child
 
 
-def _pairs(chain: list[tuple[str, nn.Module]], owners: dict[int, int]) -> Iterator[HiddenUnits]:
+def _pairs(chain: list[tuple[str, nn.Module]], uses: Mapping[int, int]) -> Iterator[HiddenUnits]:
     producer, norms = None, []
     for name, layer in chain:
-        if type(layer) is nn.Linear and owners[id(layer)] == 1:
+        if type(layer) is nn.Linear and uses[id(layer._parameters.get("weight"))] == 1:
             if producer is not None:
                 yield HiddenUnits(producer, name, tuple(norms))
             producer, norms = name, []
@@ -92,6 +90,7 @@ def check_units(model: nn.Module, units: list[HiddenUnits]) -> None:
                 raise TypeError(
                     f"{role} {name!r} must be an nn.Linear, the layers that can be cut; got {got}"
                 )
+            check_own_weight(model, name, layers[role], once=True)
         width = layers["producer"].out_features
         if layers["consumer"].in_features != width:
             raise ValueError(
@@ -175,6 +174,8 @@ def check_optimizers(model: nn.Module, units: list[HiddenUnits], optimizers: lis
             )
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("optimizers must keep state per parameter; LBFGS keeps one history for all")
+        if units and isinstance(optimizer, torch.optim.Adafactor):  # else found out at the first cut
+            raise TypeError("optimizers must keep state per weight; Adafactor keeps sums of rows and columns")
         for unit in units:
             for place in places(model, unit).values():
                 for key, value in optimizer.state.get(place.tensor, {}).items():

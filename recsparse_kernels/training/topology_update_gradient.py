@@ -15,7 +15,7 @@ from .. import ops
 from ..nn import FixedFanInLinear
 from ..ops.fan_in import LOSSES, REDUCTIONS
 from ..reference.fan_in import _group_scores, _hash, _loss_terms, _positive_rows, _scale, _targets
-from ._method import all_reduce_sum, is_distributed
+from ._method import Tap, all_reduce_sum, is_distributed
 from .selection import ScoreStream, select_largest
 
 BLOCK_ELEMENTS = 1 << 20  # of a block's dense weight
@@ -61,13 +61,12 @@ class _Loss:
         return grad.T @ self.input.float()
 
 
-class LossTap:
+class LossTap(Tap):
     """Attached to a layer as ``layer.tap``: keeps what the gradient of its dense weight follows from."""
 
     def __init__(self):
         self.pieces: list[_Logits | _Loss] = []
 
-    @torch.compiler.disable
     def __call__(self, output: Tensor | None, op: str, input: Tensor, *rest) -> None:
         input = input.detach().reshape(-1, input.shape[-1])
 
@@ -83,12 +82,6 @@ class LossTap:
             note(torch.ones((), device=input.device))
         else:
             output.register_hook(note)
-
-    def __deepcopy__(self, memo):  # a copy of the layer is not watched
-        return None
-
-    def __reduce__(self):
-        return type(None), ()
 
 
 def check_pieces(name: str, pieces: list) -> None:

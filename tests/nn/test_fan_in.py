@@ -66,6 +66,24 @@ def test_constructor_errors():
         FixedFanInLinear.from_dense(nn.Embedding(3, 4), fan_in=2)
 
 
+@pytest.mark.parametrize("width", [63, 65])
+def test_input_of_another_width_is_refused(width):
+    """The op reads chosen columns: of a wider input it would read the first ones."""
+    layer, wrong = FixedFanInLinear(64, 50, fan_in=16), torch.ones(6, width)
+    layer.fuse_optimizer("sgd", lr=0.1)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    for call in (
+        layer,
+        lambda x: layer.loss(x, positives()),
+        lambda x: layer.loss_step(x, positives()),
+        lambda x: layer.topk(x, 3),
+        lambda x: layer.score(x, torch.zeros(6, 2, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=rf"in_features = 64; got \(6, {width}\)"):
+            call(wrong)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
 def test_copies():
     layer = FixedFanInLinear(20, 30, 4, group_size=3)
     x = torch.randn(5, 20)

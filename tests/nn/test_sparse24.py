@@ -54,6 +54,14 @@ def test_odd_sizes(shape, dtype):
     assert layer.values.grad.shape == layer.values.shape and layer.values.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("width", [36, 38, 48])
+def test_input_of_another_width_is_refused(linear, width):
+    """37 inputs are padded to 48: the op alone could not tell them from 38."""
+    layer = Sparse24Linear.from_dense(linear)
+    with pytest.raises(ValueError, match=rf"in_features = 37; got \(2, {width}\)"):
+        layer(torch.ones(2, width))
+
+
 def test_new_layer_is_a_pruned_new_linear():
     torch.manual_seed(7)
     dense = nn.Linear(20, 6)

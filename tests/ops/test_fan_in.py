@@ -111,6 +111,17 @@ def test_linear_and_gradients(shape, dtype, backend):
     )
 
 
+@every_case(
+    "fan_in_linear",
+    shapes=[(b, 96, 40, 64, g) for b, g in ((1, 1), (3, 1), (5, 1), (40, 1), (1, 16), (40, 16))],
+)
+def test_bias_much_larger_than_the_products(shape, dtype, backend):
+    """Added first, it would take digits from each product."""
+    case = make_case(*shape, dtype=dtype)
+    case = dataclasses.replace(case, input=case.input * 1e-4)
+    check("large bias", fan_in_ops.LINEAR, lambda c: (*c.layer, c.group_size), backend, case, shape, dtype)
+
+
 @native_only
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("batch, dtype", [(17, torch.float32), (33, torch.bfloat16)], ids=str)

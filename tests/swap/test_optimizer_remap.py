@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from recsparse_kernels import remap_optimizer, swap_modules, unswap_modules
+from recsparse_kernels.nn import MaskedLinear
 
 from .layers import Conv1D, HalfEmbedding, HalfLinear, RankLinear, Tower, ids
 
@@ -192,7 +193,36 @@ def test_state_of_another_shape_starts_anew():
     assert optimizer.state[model[0].values]["step"] == 0
 
 
+def test_adafactor_between_vectors_and_matrices():
+    """It keeps factors of a matrix's state, and the whole of a vector's: neither is the other."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 8))
+    optimizer = torch.optim.Adafactor(model.parameters())
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    rules = {nn.Linear: (MaskedLinear, {"density": 0.3})}  # packed values are a vector
+    there = remap_optimizer(optimizer, swap_modules(model, rules, min_numel=0))
+    step()
+    back = remap_optimizer(optimizer, unswap_modules(model))
+    for report in (there, back):
+        states = {entry.name.rpartition(".")[2]: entry.state for entry in report.entries}
+        assert states["bias"] == "carried" and {states.get("values"), states.get("weight")} == {"fresh", None}
+    step()
+    assert set(optimizer.state[model[0].weight]) == {"step", "row_var", "col_var"}
+
+
 def test_refusals():
+    model = nn.Sequential(nn.Linear(16, 64, bias=False))
+    optimizer = torch.optim.Muon(model.parameters())
+    before = optimizer.param_groups[0]["params"][:]
+    report = swap_modules(model, {nn.Linear: (MaskedLinear, {"density": 0.3})}, min_numel=0)
+    with pytest.raises(ValueError, match="Muon takes only matrices, and 0.packed.values has shape"):
+        remap_optimizer(optimizer, report)
+    assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
     model = Tower()
     report = swap_modules(model, RULES)
     with pytest.raises(ValueError, match="LBFGS keeps one history"):

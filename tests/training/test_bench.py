@@ -95,3 +95,29 @@ def test_feature_mimicking_on_real_rows(tmp_path, monkeypatch):
     assert results["mimic"]["weights"] < 0.27 * results["dense"]["weights"]
     # four times smaller without any training, it ranks clicks about as well
     assert results["mimic"]["before"]["auc"] > results["dense"]["dense"]["auc"] - 0.03
+
+
+def test_a_killed_process_leaves_no_run_unreadable(tmp_path, capsys):
+    """A line cut off in the middle is run again and hides none after it; so is a checkpoint that is no file
+    of torch's."""
+    calls = []
+
+    def body(run):
+        calls.append((run.config["seed"], run.resume()))
+        return {"figure": run.config["seed"]}
+
+    with session.Session("test", tmp_path) as first:
+        first.run({"seed": 0}, 1, body)
+        first.run({"seed": 1}, 1, body)
+    lines = tmp_path / "runs.jsonl"
+    whole = lines.read_text()
+    lines.write_text(whole[:-20])
+    key = json.loads(whole.splitlines()[1])["key"]
+    (tmp_path / "checkpoints" / f"{key}.pt").write_bytes(b"PK\x03\x04 cut off")
+    with session.Session("test", tmp_path) as second:
+        assert second.run({"seed": 1}, 1, body)["result"] == {"figure": 1}
+        assert second.run({"seed": 0}, 1, body)["result"] == {"figure": 0}
+    assert calls == [(0, None), (1, None), (1, None)]
+    assert {line["run"]["seed"] for line in session.Session("test", tmp_path).finished().values()} == {0, 1}
+    said = capsys.readouterr().err
+    assert "runs.jsonl:2 cannot be read" in said and "the run starts anew" in said

@@ -217,6 +217,33 @@ def test_resume_is_exact():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def test_tables_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.table = nn.EmbeddingBag(40, 16), nn.Embedding(40, 16)
+
+        def forward(self, ids):
+            offsets = torch.arange(0, ids.numel(), 2)
+            return self.bag(offsets=offsets, input=ids) + self.table(input=ids[::2])
+
+    model, data = Keywords(), ids(300)[:, 0] % 40
+    method = collect(model, data)
+    assert torch.equal(method._counts["bag"], data.bincount(minlength=40))
+    parts = torch.cat([part[::2] for part in data.split(100)])
+    assert torch.equal(method._counts["table"], parts.bincount(minlength=40))
+    method.compress(rank=4)
+
+
+def test_shared_or_computed_weights_are_refused():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="layer '0' shares its weight: 0.weight, 2.weight"):
+        FeatureMimicking(model)
+    with pytest.raises(ValueError, match="layer '0' computes its weight"):
+        FeatureMimicking(nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16))))
+
+
 def test_bad_input_changes_nothing():
     model, data = clicks(), ids(300)
     before = copy.deepcopy(model.state_dict())

@@ -66,6 +66,12 @@ def test_find_hidden_units():
     ]
     layer = nn.Linear(4, 4)
     assert find_hidden_units(nn.Sequential(layer, nn.ReLU(), layer)) == []  # shared: its columns are its rows
+    last = nn.Linear(4, 1)
+    assert find_hidden_units(nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), last)) == []
+    tied = nn.Linear(4, 4)
+    tied.weight = layer.weight
+    assert find_hidden_units(nn.Sequential(layer, nn.ReLU(), tied, nn.ReLU(), last)) == []
+    assert find_hidden_units(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), last)) == []
     assert find_hidden_units(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))) == []
 
 
@@ -281,6 +287,7 @@ def test_bad_input_changes_nothing():
         (dict(units=[HiddenUnits("top.0", "nowhere")]), ValueError, "'nowhere' is not in the model"),
         (dict(units=[HiddenUnits("top.1", "top.0")]), TypeError, "must be an nn.Linear"),
         (dict(optimizers=[torch.optim.LBFGS(model.parameters())]), TypeError, "LBFGS"),
+        (dict(optimizers=[torch.optim.Adafactor(model.parameters())]), TypeError, "Adafactor"),
         (dict(score=lambda p, c: torch.full((p.out_features,), torch.nan)), ValueError, "holds NaN"),
         (dict(score=lambda p, c: torch.ones(3)), ValueError, r"must have shape \(16,\); got \(3,\)"),
     ]  # fmt: skip
@@ -290,6 +297,36 @@ def test_bad_input_changes_nothing():
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     with pytest.raises(ValueError, match="found none"):
         AlternateGrowthPruning(nn.Linear(3, 3), [(1, 0.5), (2, 0)])
+
+
+@pytest.mark.parametrize("mode", ["neuron", "2:4"])
+def test_weights_that_are_shared_or_computed_are_refused(mode):
+    """Cutting one layer would cut the other too, or be undone by what computes the weight."""
+    units = [HiddenUnits("0", "2")] if mode == "neuron" else ["0", "2"]
+
+    def refused(model, message):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            AlternateGrowthPruning(model, [(1, 0.0), (5, 0.5), (6, 0.0)], units=units, mode=mode)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+    tied = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    tied[2].weight = tied[0].weight
+    refused(tied, "layer '0' shares its weight: 0.weight, 2.weight")
+    normed = nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 64)), nn.ReLU(), nn.Linear(64, 64))
+    refused(normed, "layer '0' computes its weight")
+    pruned = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    nn.utils.prune.l1_unstructured(pruned[2], "weight", 0.5)
+    refused(pruned, "layer '2' computes its weight")
+
+
+def test_two_four_mode_takes_a_layer_that_is_used_twice():
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    method = AlternateGrowthPruning(model, [(1, 0.5), (2, 0.0)], mode="2:4")
+    assert model[0] is model[2] and isinstance(model[0], Sparse24Linear)
+    method.step()
+    assert model[0] is model[2] and type(model[0]) is nn.Linear
 
 
 def test_nan_weights_stop_a_phase_change():
