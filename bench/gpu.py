@@ -184,6 +184,43 @@ def bench_sparse24(report: Report, B: int, I: int, O: int) -> None:
     compare(report, "sparse24", f"B={B} I={I} O={O} bf16", candidates, "F.linear")
 
 
+@torch.no_grad()
+def bench_sparse24_prune(report: Report, O: int = 4096, I: int = 4096) -> None:
+    """Prune and compress; torch's kernel makes both packs too, of masks that it searches greedily."""
+    weight = torch.randn(O, I, device="cuda", dtype=torch.bfloat16)
+    candidates = {
+        "copy": weight.clone,
+        "torch-tile": functools.partial(torch._sparse_semi_structured_tile, weight, "", True),
+    }
+    for name, op, call in (
+        ("magnitude", "sparse24_prune", rk.ops.sparse24_prune),
+        ("transposable", "sparse24_prune", functools.partial(rk.ops.sparse24_prune, transposable=True)),
+        ("both", "sparse24_prune_both", rk.ops.sparse24_prune_both),
+    ):
+        own = ours(op, weight.dtype, lambda backend, call=call: call(weight, backend=backend))
+        candidates |= {f"{backend} {name}": run for backend, run in own.items()}
+    compare(report, "sparse24_prune", f"O={O} I={I} bf16", candidates, "copy")
+
+
+@torch.no_grad()
+def bench_sparse24_grad_input(report: Report, B: int = 4096, I: int = 4096, O: int = 4096) -> None:
+    """The gradient to the input from the pack of W, and as a 2:4 product with the pack of W'."""
+    weight = torch.randn(O, I, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(B, O, device="cuda", dtype=torch.bfloat16)
+    values, metadata, values_t, metadata_t = rk.ops.sparse24_prune_both(weight)
+
+    def one_pack(backend):
+        return OPS["sparse24_linear_grad_input"](grad, values, metadata, I, backend=backend)
+
+    def both_packs(backend):
+        return rk.ops.sparse24_linear(grad, values_t, metadata_t, backend=backend)
+
+    candidates = {"matmul": lambda: grad @ weight, **ours("sparse24_linear_grad_input", grad.dtype, one_pack)}
+    both = ours("sparse24_linear", grad.dtype, both_packs)
+    candidates |= {f"{backend} both packs": run for backend, run in both.items()}
+    compare(report, "sparse24_grad_input", f"B={B} I={I} O={O} bf16", candidates, "matmul")
+
+
 def without_warpgroups(call: Callable[[], object]) -> object:
     """The call on the 2:4 kernel of other GPUs (mma.sp), where Hopper would take its own (wgmma.sp)."""
     before = torch.ops.recsparse.sparse24_use_warpgroups(False)
@@ -258,6 +295,8 @@ BENCHES = (
         functools.partial(bench_sparse24, B=B, I=I, O=O)
         for B, I, O in ((4096, 4096, 4096), (4096, 2048, 2048), (64, 8192, 8192), (16, 8192, 8192))
     ),
+    bench_sparse24_prune,
+    bench_sparse24_grad_input,
     bench_low_rank_cross,
     bench_fan_in_step,
 )
