@@ -1,17 +1,21 @@
 """2:4 linear against the dense `F.linear` (which has the same weight, masked)."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bench.harness import Case, compare, relative_error, rotating
 from recsparse_kernels import ops
-from recsparse_kernels.testing.sparse24 import make_case
+from recsparse_kernels.ops._backend import OPS
+from recsparse_kernels.testing.sparse24 import make_case, make_weight
 
 DENSITY = 0.5
 BAR_SHAPES = [(512, 1024, 1024), (2048, 1024, 1024), (1, 4096, 4096), (8, 4096, 4096)]  # B, I, O
 NEIGHBOURS = [(16, 4096, 4096), (64, 4096, 4096), (128, 1024, 1024), (33, 1024, 1024), (600, 1000, 1000)]
 DLRM_LAYERS = [(13, 512), (512, 256), (367, 512), (415, 512), (479, 1024), (1024, 1024)]
+STE_SHAPES = [(128, 1024, 1024), (2048, 1024, 1024), (2048, 367, 512)]
 DLRM = [(B, I, O) for I, O in DLRM_LAYERS for B in (128, 2048, 16384)]
 
 
@@ -92,19 +96,67 @@ def test_forward_backward(shape, activation, benchmark):
     )
 
 
-@pytest.mark.parametrize("transposable", [False, True])
-def test_prune_and_compress(transposable, benchmark):
+PRUNE = {
+    "magnitude": ops.sparse24_prune,
+    "transposable": partial(ops.sparse24_prune, transposable=True),
+    "transposable, both packs": ops.sparse24_prune_both,
+}
+
+
+@pytest.mark.parametrize("name", PRUNE)
+def test_prune_and_compress(name, benchmark):
     """What a refresh costs, next to one dense product of 2048 rows."""
     weight, x = torch.randn(1024, 1024), torch.randn(2048, 1024)
 
     def ours():
-        return ops.sparse24_prune(weight, transposable=transposable)
+        return PRUNE[name](weight)
 
-    name = "transposable" if transposable else "magnitude"
     compare(
         Case("sparse24_mask+compress", "forward", f"O=1024 I=1024 {name}", "float32", DENSITY),
         {"F.linear B=2048": lambda: F.linear(x, weight), "ours": ours},
         dense="F.linear B=2048",
         rounds=11,
+        benchmark=benchmark,
+    )
+
+
+@pytest.mark.parametrize("shape", STE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grad_input_from_either_pack(shape, dtype, benchmark):
+    """Packing and the gradient to the input: from the pack of W, and as a product with the pack of W'."""
+    B, I, O = shape
+    mask = ops.sparse24_mask(make_weight(O, I, dtype=dtype), transposable=True)
+    grad_input = partial(OPS["sparse24_linear_grad_input"], backend="native")
+
+    def one_pack(weight, grad):
+        return grad_input(grad, *ops.sparse24_compress(weight, mask), I)
+
+    def both_packs(weight, grad):
+        return ops.sparse24_linear(grad, *ops.sparse24_compress_both(weight, mask)[2:], backend="native")
+
+    def inputs_of(seed):
+        return make_weight(O, I, dtype=dtype, seed=seed), make_case(B, I, O, dtype=dtype, seed=seed)[4]
+
+    def check():
+        weight, grad = inputs_of(0)
+        exact = grad.double() @ torch.where(mask, weight, 0).double()
+        limit = 2 * relative_error(one_pack(weight, grad), exact) + torch.finfo(dtype).eps
+        assert relative_error(both_packs(weight, grad), exact) <= limit
+
+    calls = {
+        "dense": lambda weight, grad: grad @ weight,
+        "ours-one-pack": one_pack,
+        "ours-both-packs": both_packs,
+    }
+    size = (B * I + B * O + O * I) * dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
+    compare(
+        Case("sparse24_linear_ste", "grad_input", f"B={B} I={I} O={O}", name, DENSITY),
+        {call: rotating(inputs_of, function, size, limit=8) for call, function in calls.items()},
+        dense="dense",
+        check=check,
+        rounds=11,
+        work_flops=B * I * O,
+        dense_flops=2 * B * I * O,
         benchmark=benchmark,
     )

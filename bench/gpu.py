@@ -287,21 +287,45 @@ def bench_sparse24(report: Lines, B: int, I: int, O: int) -> None:
 
 
 @torch.no_grad()
-def bench_sparse24_prune(report: Lines) -> None:
-    O = I = 4096
+def bench_sparse24_prune(report: Lines, O: int = 4096, I: int = 4096) -> None:
+    """Prune and compress; torch's kernel makes both packs too, of masks that it searches greedily."""
     weights = [
         torch.randn(O, I, device="cuda", dtype=torch.bfloat16) for _ in range(CACHE_BYTES // (2 * O * I))
     ]
-    following = in_turn(weights)
+    weight = in_turn(weights)
     masked = in_turn([w * rk.ops.sparse24_mask(w) for w in weights])
-
-    def prune(backend):
-        return rk.ops.sparse24_prune(following(), backend=backend)
-
-    candidates = {"copy": lambda: following().clone()}
-    candidates["torch-cusparselt, compress alone"] = lambda: torch._cslt_compress(masked())
-    candidates |= ours("sparse24_prune", torch.bfloat16, prune)
+    candidates = {
+        "copy": lambda: weight().clone(),
+        "torch-tile": lambda: torch._sparse_semi_structured_tile(weight(), "", True),
+        "torch-cusparselt, compress alone": lambda: torch._cslt_compress(masked()),
+    }
+    for name, op, call in (
+        ("magnitude", "sparse24_prune", rk.ops.sparse24_prune),
+        ("transposable", "sparse24_prune", functools.partial(rk.ops.sparse24_prune, transposable=True)),
+        ("both", "sparse24_prune_both", rk.ops.sparse24_prune_both),
+    ):
+        own = ours(op, torch.bfloat16, lambda backend, call=call: call(weight(), backend=backend))
+        candidates |= {f"{backend} {name}": run for backend, run in own.items()}
     compare(report, "sparse24_prune", f"O={O} I={I} bf16", candidates, "copy", O * I * 2 + O * I + O * I // 8)
+
+
+@torch.no_grad()
+def bench_sparse24_grad_input(report: Lines, B: int = 4096, I: int = 4096, O: int = 4096) -> None:
+    """The gradient to the input from the pack of W, and as a 2:4 product with the pack of W'."""
+    weight = torch.randn(O, I, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(B, O, device="cuda", dtype=torch.bfloat16)
+    values, metadata, values_t, metadata_t = rk.ops.sparse24_prune_both(weight)
+
+    def one_pack(backend):
+        return OPS["sparse24_linear_grad_input"](grad, values, metadata, I, backend=backend)
+
+    def both_packs(backend):
+        return rk.ops.sparse24_linear(grad, values_t, metadata_t, backend=backend)
+
+    candidates = {"matmul": lambda: grad @ weight, **ours("sparse24_linear_grad_input", grad.dtype, one_pack)}
+    both = ours("sparse24_linear", grad.dtype, both_packs)
+    candidates |= {f"{backend} both packs": run for backend, run in both.items()}
+    compare(report, "sparse24_grad_input", f"B={B} I={I} O={O} bf16", candidates, "matmul")
 
 
 def without_warpgroups(call: Callable[[], object]) -> object:
@@ -407,6 +431,7 @@ BENCHES: dict[str, Callable[[Lines], None]] = {
         )  # fmt: skip
     },
     "sparse24_prune": bench_sparse24_prune,
+    "sparse24_grad_input": bench_sparse24_grad_input,
     "masked_bag": bench_masked_bag,
     "low_rank_cross": bench_low_rank_cross,
     "fan_in_step": bench_fan_in_step,

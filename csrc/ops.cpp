@@ -21,14 +21,17 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   m.def("sparse24_mask(Tensor weight, bool transposable) -> Tensor");
   m.def("sparse24_compress(Tensor weight, Tensor mask) -> (Tensor, Tensor)");
   m.def("sparse24_prune(Tensor weight, bool transposable) -> (Tensor, Tensor)");
+  m.def("sparse24_compress_both(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("sparse24_prune_both(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse24_gather(Tensor dense, Tensor metadata) -> Tensor");
   m.def("sparse24_decompress(Tensor values, Tensor metadata, SymInt in_features) -> Tensor");
   m.def(
       "sparse24_linear(Tensor input, Tensor values, Tensor metadata, Tensor? bias, SymInt activation, "
       "bool keep_sum) -> (Tensor, Tensor)");
   m.def(
-      "sparse24_linear_ste(Tensor input, Tensor weight, Tensor values, Tensor metadata, Tensor? bias, "
-      "SymInt activation, bool keep_sum, float decay) -> (Tensor, Tensor)");
+      "sparse24_linear_ste(Tensor input, Tensor weight, Tensor values, Tensor metadata, Tensor? values_t, "
+      "Tensor? metadata_t, Tensor? bias, SymInt activation, bool keep_sum, float decay) "
+      "-> (Tensor, Tensor)");
   m.def(
       "sparse24_linear_grad_input(Tensor grad_sum, Tensor values, Tensor metadata, SymInt in_features) "
       "-> Tensor");

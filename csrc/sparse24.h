@@ -35,6 +35,30 @@ inline void check_sparse24_packed(const Tensor& values, const Tensor& metadata,
                  shape_text(values));
 }
 
+inline void check_sparse24_mask(const Tensor& weight, const Tensor& mask) {
+  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
+  check_dim(mask, 2, "mask", "[O, I], two-dimensional");
+  check_dtype(mask, ScalarType::Bool, "mask");
+  RS_CHECK_VALUE(mask.size(0) == weight.size(0) && mask.size(1) == weight.size(1),
+                 "mask must have the shape of weight, ", shape_text(weight), "; got ",
+                 shape_text(mask));
+}
+
+// Every line (a row or a column of the mask) keeps at most two of four; reads the mask, which must
+// be in the CPU's memory.
+inline void check_sparse24_kept(const bool* mask, int64_t lines, int64_t line_stride,
+                                int64_t length, int64_t stride, const char* line = "row",
+                                const char* others = "columns") {
+  for (int64_t at = 0; at < lines; ++at)
+    for (int64_t first = 0; first < length; first += 4) {
+      int count = 0;
+      for (int64_t i = first; i < std::min(first + 4, length); ++i)
+        count += mask[at * line_stride + i * stride];
+      RS_CHECK_VALUE(count <= 2, "mask must keep at most 2 in each group of 4 ", others, "; ", line,
+                     " ", at, " keeps ", count, " in ", others, " ", first, " to ", first + 3);
+    }
+}
+
 struct Sparse24Sizes {
   int64_t batch, in_features, padded, out_features;
 };

@@ -211,11 +211,10 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
   return {output, sum};
 }
 
-std::tuple<Tensor, Tensor> sparse24_linear_ste(const Tensor& input, const Tensor& weight,
-                                               const Tensor& values, const Tensor& metadata,
-                                               const std::optional<Tensor>& bias,
-                                               int64_t activation, bool keep_sum,
-                                               double /*decay*/) {
+std::tuple<Tensor, Tensor> sparse24_linear_ste(
+    const Tensor& input, const Tensor& weight, const Tensor& values, const Tensor& metadata,
+    const std::optional<Tensor>& /*values_t*/, const std::optional<Tensor>& /*metadata_t*/,
+    const std::optional<Tensor>& bias, int64_t activation, bool keep_sum, double /*decay*/) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
   return sparse24_linear(input, values, metadata, bias, activation, keep_sum);
 }
@@ -434,49 +433,88 @@ Tensor sparse24_mask(const Tensor& weight, bool transposable) {
 }
 
 std::tuple<Tensor, Tensor> sparse24_compress(const Tensor& weight, const Tensor& mask) {
-  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
-  check_dim(mask, 2, "mask", "[O, I], two-dimensional");
-  check_dtype(mask, ScalarType::Bool, "mask");
+  check_sparse24_mask(weight, mask);
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  RS_CHECK_VALUE(mask.size(0) == rows && mask.size(1) == columns,
-                 "mask must have the shape of weight, ", shape_text(weight), "; got ",
-                 shape_text(mask));
   const Tensor w = with_unit_columns(weight), kept = with_unit_columns(mask);
   const int64_t padded = sparse24_padded(columns);
   Tensor values = torch::stable::new_empty(weight, {rows, padded / 2});
   Tensor metadata = torch::stable::new_empty(weight, {rows, padded / 8}, ScalarType::Byte);
-  std::atomic<int64_t> first_bad{rows};
+  std::atomic<bool> fits = true;
   with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto& kernels = sparse24_pack_kernels<T>();
     parallel_for(rows, grain(kMulAddsPerColumn * double(columns)), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const int64_t bad = kernels.compress_row(
-            data<T>(w) + r * w.stride(0), data<bool>(kept) + r * kept.stride(0), columns,
-            mutable_data<T>(values) + r * (padded / 2),
-            mutable_data<uint8_t>(metadata) + r * (padded / 8));
-        if (bad < 0) continue;
-        int64_t before = first_bad.load();
-        while (r < before && !first_bad.compare_exchange_weak(before, r)) {
-        }
+        if (kernels.compress_row(data<T>(w) + r * w.stride(0),
+                                 data<bool>(kept) + r * kept.stride(0), columns,
+                                 mutable_data<T>(values) + r * (padded / 2),
+                                 mutable_data<uint8_t>(metadata) + r * (padded / 8)))
+          continue;
+        fits = false;
         break;
       }
     });
   });
-  if (const int64_t row = first_bad.load(); row < rows) {
-    const bool* bits = data<bool>(kept) + row * kept.stride(0);
-    for (int64_t c = 0; c < columns; c += 4) {
-      int count = 0;
-      for (int64_t i = c; i < std::min(c + 4, columns); ++i) count += bits[i];
-      RS_CHECK_VALUE(count <= 2, "mask must keep at most 2 in each group of 4 columns; row ", row,
-                     " keeps ", count, " in columns ", c, " to ", c + 3);
-    }
-  }
+  if (!fits) check_sparse24_kept(data<bool>(kept), rows, kept.stride(0), columns, 1);
   return {values, metadata};
 }
 
 std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposable) {
   return sparse24_compress(weight, sparse24_mask(weight, transposable));
+}
+
+// Packs of W and of W' in one pass; without a mask, of the best transposable one.
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_both(const Tensor& weight,
+                                                     const std::optional<Tensor>& mask) {
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  const Tensor w = with_unit_columns(weight);
+  const std::optional<Tensor> kept =
+      mask ? std::optional<Tensor>(with_unit_columns(*mask)) : std::nullopt;
+  const int64_t row_bytes = sparse24_padded(columns) / 8, column_bytes = sparse24_padded(rows) / 8;
+  Tensor values = torch::stable::new_empty(weight, {rows, 4 * row_bytes});
+  Tensor metadata = torch::stable::new_empty(weight, {rows, row_bytes}, ScalarType::Byte);
+  Tensor values_t = torch::stable::new_empty(weight, {columns, 4 * column_bytes});
+  Tensor metadata_t = torch::stable::new_empty(weight, {columns, column_bytes}, ScalarType::Byte);
+  std::atomic<bool> fits = true;
+  with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const int64_t down = ceil_div(rows, kPackBlock), across = ceil_div(columns, kPackBlock);
+    const double work = kMulAddsPerColumn * 2 * double(kPackBlock * kPackBlock);
+    parallel_for(down * across, grain(work), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t r = block / across * kPackBlock, c = block % across * kPackBlock;
+        const Sparse24Pack<T> pack = {mutable_data<T>(values) + 4 * r * row_bytes + c / 2,
+                                      mutable_data<uint8_t>(metadata) + r * row_bytes + c / 8,
+                                      row_bytes};
+        const Sparse24Pack<T> pack_t = {
+            mutable_data<T>(values_t) + 4 * c * column_bytes + r / 2,
+            mutable_data<uint8_t>(metadata_t) + c * column_bytes + r / 8, column_bytes};
+        if (!sparse24_pack_kernels<T>().compress_block(
+                data<T>(w) + r * w.stride(0) + c, w.stride(0),
+                kept ? data<bool>(*kept) + r * kept->stride(0) + c : nullptr,
+                kept ? kept->stride(0) : 0, std::min<int64_t>(kPackBlock, rows - r),
+                std::min<int64_t>(kPackBlock, columns - c), pack, pack_t))
+          fits = false;
+      }
+    });
+  });
+  if (!fits) {
+    const bool* bits = data<bool>(*kept);
+    check_sparse24_kept(bits, rows, kept->stride(0), columns, 1);
+    check_sparse24_kept(bits, columns, 1, rows, kept->stride(0), "column", "rows");
+  }
+  return {values, metadata, values_t, metadata_t};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_compress_both(const Tensor& weight,
+                                                                  const Tensor& mask) {
+  check_sparse24_mask(weight, mask);
+  return pack_both(weight, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_prune_both(const Tensor& weight) {
+  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
+  return pack_both(weight, std::nullopt);
 }
 
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
@@ -524,6 +562,8 @@ STABLE_TORCH_LIBRARY_IMPL(recsparse, CPU, m) {
   m.impl("sparse24_mask", TORCH_BOX(&sparse24_mask));
   m.impl("sparse24_compress", TORCH_BOX(&sparse24_compress));
   m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
+  m.impl("sparse24_compress_both", TORCH_BOX(&sparse24_compress_both));
+  m.impl("sparse24_prune_both", TORCH_BOX(&sparse24_prune_both));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
   m.impl("sparse24_linear", TORCH_BOX(&sparse24_linear));

@@ -7,6 +7,7 @@
 namespace recsparse {
 
 constexpr int kSmallBatch = 8;    // rows that the small-batch kernels take at once
+constexpr int kPackBlock = 64;    // rows and columns packed both ways at once: they stay in L1
 constexpr int kOutputBlock = 64;  // outputs of one task: a tile of kOutputBlock x panel rows in L2
 
 template <class T>
@@ -59,15 +60,28 @@ struct Sparse24GradKernels {
   void (*narrow_row)(const float* sums, int64_t count, T* out);
 };
 
+// Where packed rows go: values 4 * row_bytes elements apart, positions row_bytes.
+template <class T>
+struct Sparse24Pack {
+  T* values;
+  uint8_t* positions;
+  int64_t row_bytes;
+};
+
 template <class T>
 struct Sparse24PackKernels {
   // mask of `rows` rows by magnitude in each group of 4 columns
   void (*mask_rows)(const T* weight, int64_t stride, int64_t rows, int64_t columns, bool* mask);
   // mask of up to 4 rows: the best 4 x 4 pattern with 2 in every row and column
   void (*mask_tiles)(const T* weight, int64_t stride, int64_t rows, int64_t columns, bool* mask);
-  // one row; returns the first group with more than 2 kept, -1 when there is none
-  int64_t (*compress_row)(const T* weight, const bool* mask, int64_t columns, T* values,
-                          uint8_t* positions);
+  // one row; false where a group has more than 2 kept
+  bool (*compress_row)(const T* weight, const bool* mask, int64_t columns, T* values,
+                       uint8_t* positions);
+  // the rows, and as rows of pack_t the columns, of at most kPackBlock x kPackBlock; without a mask
+  // of the best 4 x 4 patterns; false where a group of either has more than 2 kept
+  bool (*compress_block)(const T* weight, int64_t stride, const bool* mask, int64_t mask_stride,
+                         int64_t rows, int64_t columns, const Sparse24Pack<T>& pack,
+                         const Sparse24Pack<T>& pack_t);
   void (*gather_row)(const T* dense, const uint8_t* positions, int64_t columns, T* values);
   void (*decompress_row)(const T* values, const uint8_t* positions, int64_t columns, T* dense);
 };

@@ -139,14 +139,14 @@ constexpr Encoding encode_sets() {
 constexpr Encoding kEncoding = encode_sets();
 
 template <class T>
-int64_t compress_row(const T* weight, const bool* mask, int64_t columns, T* values,
-                     uint8_t* positions) {
+bool compress_row(const T* weight, const bool* mask, int64_t columns, T* values,
+                  uint8_t* positions) {
   const T nothing = from_float<T>(0.0f);
   for (int64_t group = 0; group < padded(columns) / kGroup; ++group) {
     const int64_t c = group * kGroup;
     int set = 0;
     for (int i = 0; i < kGroup && c + i < columns; ++i) set |= int(mask[c + i]) << i;
-    if (__builtin_popcount(unsigned(set)) > 2) return group;
+    if (__builtin_popcount(unsigned(set)) > 2) return false;
     const int code = kEncoding.positions[set];
     const int first = code & 3, second = code >> 2;
     values[2 * group] = set >> first & 1 ? weight[c + first] : nothing;
@@ -154,7 +154,61 @@ int64_t compress_row(const T* weight, const bool* mask, int64_t columns, T* valu
     uint8_t& byte = positions[group / 2];
     byte = group % 2 ? uint8_t(byte | code << 4) : uint8_t(code);
   }
-  return -1;
+  return true;
+}
+
+// A block's lines are short pieces of rows, too short for the processor to fetch ahead by itself.
+constexpr int64_t kLinesAhead = 8;
+
+template <int kForWriting>
+RS_INLINE void prefetch_piece(const void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64)
+    __builtin_prefetch(static_cast<const char*>(p) + at, kForWriting, 2);
+}
+
+template <class T>
+RS_INLINE void prefetch_packed(const Sparse24Pack<T>& pack, int64_t line, int64_t elements) {
+  prefetch_piece<1>(pack.values + 4 * line * pack.row_bytes, elements / 2 * int64_t(sizeof(T)));
+  prefetch_piece<1>(pack.positions + line * pack.row_bytes, 1);
+}
+
+template <class T>
+bool compress_block(const T* weight, int64_t stride, const bool* mask, int64_t mask_stride,
+                    int64_t rows, int64_t columns, const Sparse24Pack<T>& pack,
+                    const Sparse24Pack<T>& pack_t) {
+  bool chosen[kPackBlock * kPackBlock], kept_t[kPackBlock * kPackBlock];
+  T weight_t[kPackBlock * kPackBlock];
+  const int64_t piece = columns * int64_t(sizeof(T));
+  if (!mask) {
+    for (int64_t r = 0; r < rows; ++r) prefetch_piece<0>(weight + r * stride, piece);
+    for (int64_t r = 0; r < rows; r += 4)
+      mask_tiles(weight + r * stride, stride, rows - r < 4 ? rows - r : 4, columns,
+                 chosen + r * columns);
+    mask = chosen;
+    mask_stride = columns;
+  }
+  bool fits = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = weight + r * stride;
+    const bool* kept = mask + r * mask_stride;
+    if (r + kLinesAhead < rows) {
+      prefetch_piece<0>(row + kLinesAhead * stride, piece);
+      prefetch_packed(pack, r + kLinesAhead, columns);
+    }
+    fits &= compress_row(row, kept, columns, pack.values + 4 * r * pack.row_bytes,
+                         pack.positions + r * pack.row_bytes);
+    for (int64_t c = 0; c < columns; ++c) {
+      weight_t[c * kPackBlock + r] = row[c];
+      kept_t[c * kPackBlock + r] = kept[c];
+    }
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    if (c + kLinesAhead < columns) prefetch_packed(pack_t, c + kLinesAhead, rows);
+    fits &= compress_row(weight_t + c * kPackBlock, kept_t + c * kPackBlock, rows,
+                         pack_t.values + 4 * c * pack_t.row_bytes,
+                         pack_t.positions + c * pack_t.row_bytes);
+  }
+  return fits;
 }
 
 template <class T>
@@ -207,8 +261,9 @@ void decompress_row(const T* values, const uint8_t* positions, int64_t columns, 
 
 template <class T>
 const Sparse24PackKernels<T>& sparse24_pack_kernels() {
-  static constexpr Sparse24PackKernels<T> table = {&mask_rows<T>, &mask_tiles<T>, &compress_row<T>,
-                                                   &gather_row<T>, &decompress_row<T>};
+  static constexpr Sparse24PackKernels<T> table = {&mask_rows<T>,    &mask_tiles<T>,
+                                                   &compress_row<T>, &compress_block<T>,
+                                                   &gather_row<T>,   &decompress_row<T>};
   return table;
 }
 RS_INSTANTIATE_KERNEL_TABLE(Sparse24PackKernels, sparse24_pack_kernels)

@@ -135,9 +135,12 @@ std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& va
   });
 }
 
-// The dense weight only receives the gradient.
+// The dense weight only receives the gradient; the pack of its transpose is for the one to the
+// input.
 std::tuple<Tensor, Tensor> sparse24_linear_ste(const Tensor& input, const Tensor& weight,
                                                const Tensor& values, const Tensor& metadata,
+                                               const MaybeTensor& /*values_t*/,
+                                               const MaybeTensor& /*metadata_t*/,
                                                const MaybeTensor& bias, int64_t activation,
                                                bool keep_sum, double /*decay*/) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");

@@ -18,12 +18,27 @@ PackSizes sizes_of(const Tensor& dense) {
 }
 int64_t pack_blocks(int64_t bytes) { return ceil_div(bytes, kPackThreads); }
 
+// Rows of the packed weight and of its transpose, to be made where `values` is not null.
 template <class T>
-void launch_transposable(const Stream& stream, const T* weight, bool* mask, T* values,
-                         uint8_t* metadata, const PackSizes& size) {
-  const int64_t tiles = ceil_div(size.rows, 4) * 2 * size.row_bytes;
-  launch(stream, "sparse24_transposable", transposable_kernel<T>, {ceil_div(tiles, kTileThreads)},
-         {kTileThreads}, 0, weight, mask, values, metadata, size);
+PackedLines<T> rows_of(const PackSizes& size, T* values = nullptr, uint8_t* metadata = nullptr) {
+  return {values, metadata, size.rows, size.row_bytes};
+}
+template <class T>
+PackedLines<T> columns_of(const PackSizes& size, T* values = nullptr, uint8_t* metadata = nullptr) {
+  return {values, metadata, size.columns, sparse24_padded(size.rows) / 8};
+}
+
+// mask: const bool*, to be packed; or bool*, where the chosen one goes, null where it is not
+// wanted.
+template <class T, class Mask>
+void launch_tiles(const Stream& stream, const T* weight, Mask mask, const PackedLines<T>& rows,
+                  const PackedLines<T>& columns) {
+  const auto fours = [&](const void* at, int64_t bytes) {
+    return is_aligned(at, 4 * bytes) && columns.lines % 4 == 0;
+  };
+  launch(stream, "sparse24_tiles", tiles_kernel<T, std::is_same_v<Mask, const bool*>>,
+         {ceil_div(rows.lines, kBlockRows) * ceil_div(columns.lines, kBlockColumns)},
+         {kTileThreads}, 0, weight, mask, rows, columns, fours(weight, sizeof(T)), fours(mask, 1));
 }
 
 Tensor sparse24_mask(const Tensor& weight, bool transposable) {
@@ -37,7 +52,7 @@ Tensor sparse24_mask(const Tensor& weight, bool transposable) {
     const T* from = data<T>(stream, w);
     bool* to = mutable_data<bool>(stream, mask);
     if (transposable) {
-      launch_transposable<T>(stream, from, to, nullptr, nullptr, size);
+      launch_tiles(stream, from, to, rows_of<T>(size), columns_of<T>(size));
     } else {
       launch(stream, "sparse24_mask", mask_kernel<T>,
              {pack_blocks(size.rows * ceil_div(size.columns, 8))}, {kPackThreads}, 0, from, to,
@@ -57,33 +72,23 @@ Packed empty_packed(const Tensor& like, const PackSizes& size) {
 
 #ifdef RS_CUDA_ON_CPU
 // On a GPU the kernel asserts it, for nothing waits for the GPU; here the first is named.
-void check_kept(const Tensor& mask) {
+void check_kept(const Tensor& mask, bool both) {
   const bool* bits = static_cast<const bool*>(mask.const_data_ptr());
   const int64_t rows = mask.size(0), columns = mask.size(1);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t c = 0; c < columns; c += 4) {
-      int count = 0;
-      for (int64_t i = c; i < std::min(c + 4, columns); ++i) count += bits[row * columns + i];
-      RS_CHECK_VALUE(count <= 2, "mask must keep at most 2 in each group of 4 columns; row ", row,
-                     " keeps ", count, " in columns ", c, " to ", c + 3);
-    }
+  check_sparse24_kept(bits, rows, columns, columns, 1);
+  if (both) check_sparse24_kept(bits, columns, 1, rows, columns, "column", "rows");
 }
 #else
-void check_kept(const Tensor&) {}
+void check_kept(const Tensor&, bool) {}
 #endif
 
 std::tuple<Tensor, Tensor> sparse24_compress(const Tensor& weight, const Tensor& mask) {
-  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
-  check_dim(mask, 2, "mask", "[O, I], two-dimensional");
-  check_dtype(mask, ScalarType::Bool, "mask");
-  RS_CHECK_VALUE(mask.size(0) == weight.size(0) && mask.size(1) == weight.size(1),
-                 "mask must have the shape of weight, ", shape_text(weight), "; got ",
-                 shape_text(mask));
+  check_sparse24_mask(weight, mask);
   const Stream stream(weight);
   return with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Tensor w = torch::stable::contiguous(weight), kept = torch::stable::contiguous(mask);
-    check_kept(kept);
+    check_kept(kept, false);
     const PackSizes size = sizes_of(w);
     const Packed packed = empty_packed(weight, size);
     const T* from = data<T>(stream, w);
@@ -109,12 +114,56 @@ std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposabl
     T* values = mutable_data<T>(stream, packed.values);
     auto* metadata = mutable_data<uint8_t>(stream, packed.metadata);
     if (transposable) {
-      launch_transposable<T>(stream, from, nullptr, values, metadata, size);
+      launch_tiles<T, bool*>(stream, from, nullptr, rows_of(size, values, metadata),
+                             columns_of<T>(size));
     } else {
       launch(stream, "sparse24_prune", prune_kernel<T>, {pack_blocks(size.rows * size.row_bytes)},
              {kPackThreads}, 0, from, values, metadata, size, eight_at_a_time(from, size.columns));
     }
     return std::tuple<Tensor, Tensor>(packed.values, packed.metadata);
+  });
+}
+
+struct BothPacked {
+  Packed rows, columns;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs() const {
+    return {rows.values, rows.metadata, columns.values, columns.metadata};
+  }
+};
+
+// `mask` as in launch_tiles.
+template <class T, class Mask>
+BothPacked pack_both(const Stream& stream, const Tensor& weight, Mask mask) {
+  const PackSizes size = sizes_of(weight);
+  const PackSizes transposed = {size.columns, size.rows, sparse24_padded(size.rows) / 8};
+  const BothPacked packed = {empty_packed(weight, size), empty_packed(weight, transposed)};
+  launch_tiles(stream, data<T>(stream, weight), mask,
+               rows_of(size, mutable_data<T>(stream, packed.rows.values),
+                       mutable_data<uint8_t>(stream, packed.rows.metadata)),
+               columns_of(size, mutable_data<T>(stream, packed.columns.values),
+                          mutable_data<uint8_t>(stream, packed.columns.metadata)));
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_compress_both(const Tensor& weight,
+                                                                  const Tensor& mask) {
+  check_sparse24_mask(weight, mask);
+  const Stream stream(weight);
+  return with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor w = torch::stable::contiguous(weight), kept = torch::stable::contiguous(mask);
+    check_kept(kept, true);
+    return pack_both<T>(stream, w, data<bool>(stream, kept)).outputs();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_prune_both(const Tensor& weight) {
+  check_dim(weight, 2, "weight", "[O, I], two-dimensional");
+  const Stream stream(weight);
+  return with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    bool* const not_wanted = nullptr;
+    return pack_both<T>(stream, torch::stable::contiguous(weight), not_wanted).outputs();
   });
 }
 
@@ -162,6 +211,8 @@ RS_CUDA_OPS(m) {
   m.impl("sparse24_mask", TORCH_BOX(&sparse24_mask));
   m.impl("sparse24_compress", TORCH_BOX(&sparse24_compress));
   m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
+  m.impl("sparse24_compress_both", TORCH_BOX(&sparse24_compress_both));
+  m.impl("sparse24_prune_both", TORCH_BOX(&sparse24_prune_both));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
 }

@@ -6,7 +6,7 @@
 //
 // A thread has one byte of metadata: eight columns, four values. These kernels move bytes and do
 // little else, so neighbours in a warp take neighbouring bytes, and rows that are aligned to it go
-// 16 bytes an access. The transposable mask has a thread for each 4 x 4 tile.
+// 16 bytes an access. Where rows and columns matter, a thread has a 4 x 4 tile.
 #pragma once
 
 #include <cassert>
@@ -234,28 +234,14 @@ __device__ __forceinline__ uint32_t best_pattern(const double (&pairs)[4][6],
   return chosen;
 }
 
-// To a mask, or (mask null) packed. A thread has a tile; P is a multiple of 16, so two neighbours
-// share a byte of metadata.
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    transposable_kernel(const T* weight, bool* mask, T* values, uint8_t* metadata, PackSizes size) {
-  const int64_t across = 2 * size.row_bytes, down = ceil_div(size.rows, 4);
-  const int64_t index = int64_t(blockIdx.x) * kTileThreads + threadIdx.x;
-  const bool inside = index < across * down;  // all lanes stay: the shuffle below needs them
-  const auto [tile_row, tile] = byte_at(inside ? index : 0, across);
-  const int64_t column = 4 * tile;
-  T elements[4][4];
+__device__ __forceinline__ uint32_t best_pattern(const T (&tile)[4][4]) {
   double pairs[4][6];
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int64_t row = 4 * tile_row + r;
     double sizes[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const bool valid = inside && row < size.rows && column + c < size.columns;
-      elements[r][c] = valid ? weight[row * size.columns + column + c] : T{};
-      sizes[c] = double(magnitude(elements[r][c]));
-    }
+    for (int c = 0; c < 4; ++c) sizes[c] = double(magnitude(tile[r][c]));
     pairs[r][0] = sizes[0] + sizes[1];
     pairs[r][1] = sizes[0] + sizes[2];
     pairs[r][2] = sizes[0] + sizes[3];
@@ -263,29 +249,168 @@ __global__ void __launch_bounds__(kTileThreads)
     pairs[r][4] = sizes[1] + sizes[3];
     pairs[r][5] = sizes[2] + sizes[3];
   }
-  const uint32_t bits = best_pattern(pairs, std::make_integer_sequence<int, kPatternCount>());
+  return best_pattern(pairs, std::make_integer_sequence<int, kPatternCount>());
+}
+
+// ---- tiles: masks that are 2:4 in rows and in columns ----
+//
+// A lane has a 4 x 4 tile, a warp eight across and four down: four neighbours either way hold 16
+// elements of four lines (rows or columns), and after an exchange each of them one whole line:
+// eight kept values and two bytes of metadata, stored in 16 bytes and 2 an access.
+
+constexpr int kTilesAcross = 8;
+constexpr int kBlockColumns = 4 * kTilesAcross;
+constexpr int kBlockRows = 4 * kTileThreads / kTilesAcross;  // warps lie one below the other
+
+// Where packed lines go; values is null where they are not wanted.
+template <class T>
+struct PackedLines {
+  T* values;          // [lines, 4 * row_bytes]
+  uint8_t* metadata;  // [lines, row_bytes]
+  int64_t lines, row_bytes;
+};
+
+// What is stored of four elements of a line.
+template <class T>
+struct PackedFour {
+  uint32_t values[sizeof(T) / 2];  // two of T
+  uint32_t places;
+};
+
+// four[i] = four[i ^ by]
+template <class T>
+__device__ __forceinline__ void exchange_places(PackedFour<T> (&four)[4], int by) {
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+    const bool swapped = by & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const PackedFour<T> low = four[i], high = four[i | bit];
+      four[i] = swapped ? high : low;
+      four[i | bit] = swapped ? low : high;
+    }
+  }
+}
+
+// Packs four lines, of which this lane has the elements 4 * group to 4 * group + 3 and its
+// neighbours, `step` lanes apart, the others of the same 16. sets: the kept elements, four bits a
+// line.
+template <class T>
+__device__ __forceinline__ void store_lines(const T (&tile)[4][4], uint32_t sets,
+                                            const PackedLines<T>& to, int64_t first_line,
+                                            int64_t group, int step) {
+  const int own = lane_id() / step % 4;
+  PackedFour<T> four[4];
+#pragma unroll
+  for (int line = 0; line < 4; ++line) {
+    const uint32_t set = sets >> (4 * line) & 15, pair = places(set);
+    const uint32_t first = pair & 3, second = pair >> 2;
+    const T kept[2] = {set >> first & 1 ? at_place(tile[line], first) : T{},
+                       set >> second & 1 ? at_place(tile[line], second) : T{}};
+    memcpy(four[line].values, kept, sizeof kept);
+    four[line].places = pair;
+  }
+  // to the lane i places from here (by xor) goes its line, from there comes ours
+  exchange_places(four, own);
+#pragma unroll
+  for (int i = 1; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < int(sizeof(T) / 2); ++j)
+      four[i].values[j] = __shfl_xor_sync(kAllLanes, four[i].values[j], i * step);
+    four[i].places = __shfl_xor_sync(kAllLanes, four[i].places, i * step);
+  }
+  exchange_places(four, own);
+  const int64_t line = first_line + own;
+  if (line >= to.lines || group >= 2 * to.row_bytes) return;
+  const int64_t byte = line * to.row_bytes + group / 4 * 2;
+  constexpr int kPack = kPackOf16Bytes<T>;
+#pragma unroll
+  for (int i = 0; i < 8; i += kPack) {
+    Pack<T, kPack> kept;
+#pragma unroll
+    for (int j = 0; j < kPack; j += 2) memcpy(kept.at + j, four[(i + j) / 2].values, 2 * sizeof(T));
+    store_pack(to.values + 4 * byte + i, kept);
+  }
+  store_pack(to.metadata + byte, Pack<uint8_t, 2>{{uint8_t(four[0].places | four[1].places << 4),
+                                                   uint8_t(four[2].places | four[3].places << 4)}});
+}
+
+__device__ __forceinline__ int valid_of_four(int64_t left) {
+  return left < 0 ? 0 : left > 4 ? 4 : int(left);
+}
+template <class T>
+__device__ __forceinline__ void load_four(T (&to)[4], const T* from, int valid, bool aligned) {
+  if (aligned && valid == 4) {
+    const auto four = load_pack<T, 4>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = four.at[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = i < valid ? from[i] : T{};
+  }
+}
+
+// kGiven: packs what `mask` keeps; otherwise chooses the best pattern, and writes it to `mask`
+// unless that is null. rows: pack of the weight; columns: of its transpose.
+template <class T, bool kGiven>
+__global__ void __launch_bounds__(kTileThreads)
+    tiles_kernel(const T* weight, std::conditional_t<kGiven, const bool*, bool*> mask,
+                 PackedLines<T> rows, PackedLines<T> columns, bool aligned, bool mask_aligned) {
+  const int64_t blocks_across = ceil_div(columns.lines, kBlockColumns);
+  const auto [block_row, block_column] = byte_at(blockIdx.x, blocks_across);
+  const int64_t row = block_row * kBlockRows + int(threadIdx.x) / kTilesAcross * 4;
+  const int64_t column = block_column * kBlockColumns + int(threadIdx.x) % kTilesAcross * 4;
+  T tile[4][4];
+  uint32_t inside = 0, bits = 0;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
-    const int64_t row = 4 * tile_row + r;
-    const bool valid = inside && row < size.rows;
-    uint32_t set = bits >> (4 * r) & 15;
-    if (mask) {
+    const int64_t at = (row + r) * columns.lines + column;
+    const int valid = row + r < rows.lines ? valid_of_four(columns.lines - column) : 0;
+    inside |= uint32_t(low_bits(valid)) << (4 * r);
+    load_four(tile[r], weight + at, valid, aligned);
+    if constexpr (kGiven) {
+      bool kept[4];
+      load_four(kept, mask + at, valid, mask_aligned);
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        if (valid && column + c < size.columns)
-          mask[row * size.columns + column + c] = set >> c & 1;
-      continue;
+      for (int c = 0; c < 4; ++c) bits |= uint32_t(kept[c]) << (4 * r + c);
     }
-    const int64_t left = size.columns - column;
-    set &= uint32_t(low_bits(left < 0 ? 0 : left > 4 ? 4 : left));
-    const uint32_t pair = places(set), first = pair & 3, second = pair >> 2;
-    const uint32_t next = __shfl_down_sync(kAllLanes, pair, 1);
-    if (!valid) continue;
-    store_pack(values + 2 * (row * across + tile),
-               Pack<T, 2>{{set >> first & 1 ? at_place(elements[r], first) : T{},
-                           set >> second & 1 ? at_place(elements[r], second) : T{}}});
-    if (tile % 2 == 0) metadata[(row * across + tile) / 2] = uint8_t(pair | next << 4);
   }
+  if constexpr (!kGiven) bits = best_pattern(tile) & inside;
+  T tile_t[4][4];
+  uint32_t bits_t = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      tile_t[c][r] = tile[r][c];
+      bits_t |= (bits >> (4 * r + c) & 1) << (4 * c + r);
+    }
+  }
+  if constexpr (kGiven) {
+#pragma unroll
+    for (int i = 0; i < 16; i += 4)
+      assert(
+          __popc(bits >> i & 15) <= 2 && __popc(bits_t >> i & 15) <= 2 &&
+          "recsparse_kernels: mask must keep at most 2 in each group of 4 columns and of 4 rows");
+  } else if (mask) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t kept = bits >> (4 * r);
+      const Pack<bool, 4> four = {{bool(kept & 1), bool(kept & 2), bool(kept & 4), bool(kept & 8)}};
+      bool* const at = mask + (row + r) * columns.lines + column;
+      const int valid = row + r < rows.lines ? valid_of_four(columns.lines - column) : 0;
+      if (mask_aligned && valid == 4) {
+        store_pack(at, four);
+      } else {
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          if (c < valid) at[c] = four.at[c];
+      }
+    }
+  }
+  if (rows.values) store_lines(tile, bits, rows, row, column / 4, 1);
+  if (columns.values) store_lines(tile_t, bits_t, columns, column, row / 4, kTilesAcross);
 }
 
 // ---- compress, gather, decompress ----

@@ -201,7 +201,8 @@ class Sparse24LinearSTE(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
         activation: fused activation.
-        transposable: masks of 4 x 4 tiles with two in every row and column.
+        transposable: masks of 4 x 4 tiles with two in every row and column, so that the gradient to the
+            input is a 2:4 product as well.
         decay: fade what the mask drops (sparse-refined straight-through estimator).
         refresh: "forward" chooses the mask anew in every forward of training, "manual" when `update_mask`
             is called; Hu et al. ("Accelerating transformer pre-training with 2:4 sparsity", ICML 2024)
@@ -246,7 +247,13 @@ class Sparse24LinearSTE(nn.Linear):
         if self.refresh == "forward" and self.training:
             self.update_mask()
         return ops.sparse24_linear_ste(
-            input, self.weight, self.mask, self.bias, activation=self.activation, decay=self.decay
+            input,
+            self.weight,
+            self.mask,
+            self.bias,
+            activation=self.activation,
+            decay=self.decay,
+            transposable=self.transposable,
         )
 
     @classmethod
@@ -255,14 +262,13 @@ class Sparse24LinearSTE(nn.Linear):
 
         Args:
             module: dense layer, or one pruned by ``torch.nn.utils.prune``, whose mask is then taken.
-            mask: ``[O, I]`` bool, at most two True in each group of four along I; None chooses.
+            mask: ``[O, I]`` bool, at most two True in each group of four along I, and where
+                ``transposable`` is True along O; None chooses.
             options: the keyword arguments of the constructor.
         """
         if not isinstance(module, nn.Linear):
             raise TypeError(f"module must be a torch.nn.Linear; got {type(module).__name__}")
         weight, mask = _dense_weight(module, mask)
-        if mask is not None:
-            ops.sparse24_compress(weight, mask)  # refuses a mask that is not 2:4
         new = cls(
             module.in_features,
             module.out_features,
@@ -271,6 +277,9 @@ class Sparse24LinearSTE(nn.Linear):
             dtype=weight.dtype,
             **options,
         )
+        if mask is not None:
+            compress = ops.sparse24_compress_both if new.transposable else ops.sparse24_compress
+            compress(weight, mask)  # refuses a mask that is not 2:4
         new.weight = nn.Parameter(weight.clone())
         new.mask = ops.sparse24_mask(weight, transposable=new.transposable) if mask is None else mask.clone()
         if module.bias is not None:

@@ -32,6 +32,7 @@ from .masked_embedding_records import (
 from .masked_embedding_table import MaskedTable
 from .sparse24 import (
     sparse24_compress,
+    sparse24_compress_both,
     sparse24_decompress,
     sparse24_from_torch,
     sparse24_gather,
@@ -39,4 +40,5 @@ from .sparse24 import (
     sparse24_linear_ste,
     sparse24_mask,
     sparse24_prune,
+    sparse24_prune_both,
 )

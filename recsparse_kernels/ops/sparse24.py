@@ -11,10 +11,11 @@ from ..reference import sparse24 as reference
 from ..reference.sparse24 import padded
 from . import _check as check
 from ._activation import activation_backward, activation_code, needs_sum
-from ._backend import Op
+from ._backend import TEST_BACKENDS, Op
 
 __all__ = [
     "sparse24_compress",
+    "sparse24_compress_both",
     "sparse24_decompress",
     "sparse24_from_torch",
     "sparse24_gather",
@@ -22,6 +23,7 @@ __all__ = [
     "sparse24_linear_ste",
     "sparse24_mask",
     "sparse24_prune",
+    "sparse24_prune_both",
 ]
 
 
@@ -60,11 +62,7 @@ def sparse24_compress(weight: Tensor, mask: Tensor, *, backend: str | None = Non
     Raises:
         ValueError: the mask keeps more than two in a group: the message names the first.
     """
-    check.check_dtype("weight", weight)
-    check.check_shape("weight", weight, (None, None), "[O, I]")
-    check.check_dtype("mask", mask, (torch.bool,))
-    check.check_shape("mask", mask, tuple(weight.shape), "that of weight")
-    check.check_device("mask", mask, "weight", weight)
+    _check_mask(weight, mask)
     return _compress(weight, mask, backend=backend)
 
 
@@ -84,6 +82,45 @@ def sparse24_prune(
     check.check_dtype("weight", weight)
     check.check_shape("weight", weight, (None, None), "[O, I]")
     return _prune(weight, bool(transposable), backend=backend)
+
+
+def sparse24_compress_both(
+    weight: Tensor, mask: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""`sparse24_compress` of W and of its transpose W', in one pass over the weight; differentiable.
+
+    Args:
+        weight: ``[O, I]``, any floating dtype.
+        mask: ``[O, I]`` bool, at most two True in each group of four along I and in each along O, as
+            `sparse24_mask` with ``transposable=True`` gives.
+        backend: "native", "triton" or "reference"; None takes the first available.
+
+    Returns:
+        values ``[O, P / 2]``, metadata ``[O, P / 8]`` uint8 of W, P = I rounded up to a multiple of 16;
+        values_t ``[I, Q / 2]``, metadata_t ``[I, Q / 8]`` uint8 of W', Q = O rounded up so.
+
+    Raises:
+        ValueError: the mask keeps more than two in a group of a row or a column: the message names the first.
+    """
+    _check_mask(weight, mask)
+    return _compress_both(weight, mask, backend=backend)
+
+
+def sparse24_prune_both(
+    weight: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""`sparse24_prune` with a transposable mask, and the pack of the transposed weight, in one pass.
+
+    Args:
+        weight: ``[O, I]``, any floating dtype; differentiable as in `sparse24_compress`.
+        backend: "native", "triton" or "reference"; None takes the first available.
+
+    Returns:
+        values, metadata, values_t, metadata_t as in `sparse24_compress_both`.
+    """
+    check.check_dtype("weight", weight)
+    check.check_shape("weight", weight, (None, None), "[O, I]")
+    return _prune_both(weight, backend=backend)
 
 
 def sparse24_gather(dense: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
@@ -166,6 +203,7 @@ def sparse24_linear_ste(
     *,
     activation: str | None = None,
     decay: float = 0.0,
+    transposable: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""2:4 linear that trains the dense weight, by the straight-through estimator.
@@ -176,12 +214,16 @@ def sparse24_linear_ste(
     Args:
         input: ``[..., I]``.
         weight: ``[O, I]``, same dtype.
-        mask: ``[O, I]`` bool; None takes what ``sparse24_prune(weight)`` keeps.
+        mask: ``[O, I]`` bool; None takes what ``sparse24_prune(weight, transposable=transposable)`` keeps.
         bias: ``[O]`` or None.
         activation: as in `sparse24_linear`.
         decay: adds ``decay * weight`` to the gradient of what the mask drops (sparse-refined
             straight-through estimator, Zhou et al., "Learning N:M fine-grained structured sparse neural
             networks from scratch", ICLR 2021): dropped weights fade instead of flickering.
+        transposable: ``mask`` keeps at most two of four in columns too. Where sparse tensor cores
+            multiply (CUDA C++, bfloat16 and float16), the weight is packed both ways, so that the
+            gradient to ``input`` is a 2:4 product as well. The CPU's kernel of that gradient costs no
+            more from one pack.
         backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
@@ -197,14 +239,17 @@ def sparse24_linear_ste(
     code = activation_code(activation)
     keep_sum = needs_sum(code) and _wants_grad(input, weight, bias)
     frozen = weight.detach()
-    if mask is None:
-        values, metadata = sparse24_prune(frozen, backend=backend)
+    if transposable and _wants_grad(input) and _sparse_cores(weight, backend):
+        if mask is None:
+            packs = sparse24_prune_both(frozen, backend=backend)
+        else:
+            packs = sparse24_compress_both(frozen, mask, backend=backend)
+    elif mask is None:
+        packs = (*sparse24_prune(frozen, transposable=transposable, backend=backend), None, None)
     else:
-        values, metadata = sparse24_compress(frozen, mask, backend=backend)
+        packs = (*sparse24_compress(frozen, mask, backend=backend), None, None)
     rows = _as_rows(input)
-    output, _ = _linear_ste(
-        rows, weight, values, metadata, bias, code, keep_sum, float(decay), backend=backend
-    )
+    output, _ = _linear_ste(rows, weight, *packs, bias, code, keep_sum, float(decay), backend=backend)
     return output.reshape(*input.shape[:-1], weight.shape[0])
 
 
@@ -236,6 +281,26 @@ def _as_rows(input: Tensor) -> Tensor:
     if input.dim() == 2:
         return input
     return input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
+
+
+def _check_mask(weight: Tensor, mask: Tensor) -> None:
+    check.check_dtype("weight", weight)
+    check.check_shape("weight", weight, (None, None), "[O, I]")
+    check.check_dtype("mask", mask, (torch.bool,))
+    check.check_shape("mask", mask, tuple(weight.shape), "that of weight")
+    check.check_device("mask", mask, "weight", weight)
+
+
+def _sparse_cores(weight: Tensor, backend: str | None) -> bool:
+    """Whether a product with the weight runs on sparse tensor cores: 16-bit types in CUDA C++."""
+    device_type = weight.device.type
+    if device_type == "meta":
+        return False
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    picked = backend or _linear.backends(device_type, dtype)[0]
+    return picked == "native" and device_type == "cuda" or picked in TEST_BACKENDS
 
 
 def _check_metadata(metadata: Tensor, in_features: int, like_name: str, like: Tensor) -> None:
@@ -285,6 +350,11 @@ def _packed_fake(weight):
     return weight.new_empty(O, P // 2), weight.new_empty(O, P // 8, dtype=torch.uint8)
 
 
+def _packed_both_fake(weight):
+    O, I = weight.shape
+    return *_packed_fake(weight), *_packed_fake(weight.new_empty(I, O))
+
+
 def _gather_fake(dense, metadata):
     return dense.new_empty(metadata.shape[0], metadata.shape[1] * 4)
 
@@ -298,20 +368,49 @@ def _linear_fake(input, values, metadata, bias, activation, keep_sum):
     return input.new_empty(shape), input.new_empty(shape if keep_sum else (0,))
 
 
-def _linear_ste_fake(input, weight, values, metadata, bias, activation, keep_sum, decay):
+def _linear_ste_fake(
+    input, weight, values, metadata, values_t, metadata_t, bias, activation, keep_sum, decay
+):
     return _linear_fake(input, values, metadata, bias, activation, keep_sum)
 
 
+# Of the ops that pack, one way (values, metadata) or both. A stored zero that only fills a group up has
+# no gradient: such are where the mask keeps fewer than two, as a transposable one may at an edge.
+
+
 def _compress_setup(ctx, inputs, output):
-    weight, _ = inputs
-    ctx.in_features = weight.shape[1]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.sizes = inputs[0].shape
+    ctx.save_for_backward(inputs[1], *output[1::2])
+    ctx.mark_non_differentiable(*output[1::2])
 
 
-def _compress_backward(ctx, grad_values, grad_metadata, *, backend):
-    (metadata,) = ctx.saved_tensors
-    return _decompress(grad_values, metadata, ctx.in_features, backend=backend), None
+def _compress_backward(ctx, *grads, backend):
+    mask, *metadata = ctx.saved_tensors
+    return torch.where(mask, _grad_of_packs(ctx, grads, metadata, backend), 0), None
+
+
+def _prune_setup(ctx, inputs, output):
+    weight, *options = inputs
+    transposable = options != [False]
+    ctx.sizes, ctx.options = weight.shape, len(options)
+    ctx.save_for_backward(weight if transposable else None, *output[1::2])
+    ctx.mark_non_differentiable(*output[1::2])
+
+
+def _prune_backward(ctx, *grads, backend):
+    weight, *metadata = ctx.saved_tensors
+    grad = _grad_of_packs(ctx, grads, metadata, backend)
+    if weight is not None:
+        grad = torch.where(_mask(weight, True, backend=backend), grad, 0)
+    return grad, *[None] * ctx.options
+
+
+def _grad_of_packs(ctx, grads, metadata, backend):
+    O, I = ctx.sizes
+    grad = _decompress(grads[0], metadata[0], I, backend=backend)
+    if len(metadata) == 1:
+        return grad
+    return grad + _decompress(grads[2], metadata[1], O, backend=backend).t()
 
 
 def _decompress_setup(ctx, inputs, output):
@@ -365,29 +464,31 @@ def _linear_backward(ctx, grad_output, _, *, backend):
 
 
 def _linear_ste_setup(ctx, inputs, output):
-    input, weight, values, metadata, bias, activation, keep_sum, decay = inputs
+    input, weight, values, metadata, values_t, metadata_t, bias, activation, keep_sum, decay = inputs
     ctx.activation, ctx.keep_sum, ctx.decay = activation, keep_sum, decay
     from_output = activation != 0 and not needs_sum(activation)
     saved = output[1] if keep_sum else output[0] if from_output else None
-    ctx.save_for_backward(input, weight, values, metadata, bias, saved)
+    ctx.save_for_backward(input, weight, values, metadata, values_t, metadata_t, bias, saved)
     ctx.mark_non_differentiable(output[1])
 
 
 def _linear_ste_backward(ctx, grad_output, _, *, backend):
-    input, weight, values, metadata, bias, saved = ctx.saved_tensors
+    input, weight, values, metadata, values_t, metadata_t, bias, saved = ctx.saved_tensors
     grad = _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend)
     wanted = ctx.needs_input_grad
     grad_input = grad_weight = grad_bias = None
-    if wanted[0]:
+    if wanted[0] and values_t is not None and not torch.is_grad_enabled():
+        grad_input, _ = _linear(grad, values_t, metadata_t, None, 0, False, backend=backend)
+    elif wanted[0]:  # of this op, for a second derivative: it says that there is none
         grad_input = _grad_input(grad, values, metadata, input.shape[1], backend=backend)
     if wanted[1]:
         grad_weight = grad.t() @ input
         if ctx.decay:
             dropped = weight - _decompress(values, metadata, weight.shape[1], backend=backend)
             grad_weight = grad_weight + ctx.decay * dropped
-    if wanted[4]:
+    if wanted[6]:
         grad_bias = grad.sum(0)
-    return grad_input, grad_weight, None, None, grad_bias, None, None, None
+    return grad_input, grad_weight, None, None, None, None, grad_bias, None, None, None
 
 
 def _size_class(n: int) -> int:
@@ -420,8 +521,22 @@ _compress = Op(
 _prune = Op(
     reference.sparse24_prune,
     fake=lambda weight, transposable: _packed_fake(weight),
+    backward=_prune_backward,
+    setup_context=_prune_setup,
+    autocast=False,
+)
+_compress_both = Op(
+    reference.sparse24_compress_both,
+    fake=lambda weight, mask: _packed_both_fake(weight),
     backward=_compress_backward,
     setup_context=_compress_setup,
+    autocast=False,
+)
+_prune_both = Op(
+    reference.sparse24_prune_both,
+    fake=_packed_both_fake,
+    backward=_prune_backward,
+    setup_context=_prune_setup,
     autocast=False,
 )
 _gather = Op(

@@ -65,17 +65,24 @@ def sparse24_mask(weight: Tensor, transposable: bool) -> Tensor:
     return mask[:O, :I].contiguous()
 
 
+def check_kept(mask: Tensor, line: str = "row", others: str = "columns") -> None:
+    """Raises ValueError, naming the first place, where a line of the mask keeps more than two of four."""
+    lines, length = mask.shape
+    kept = F.pad(mask, (0, -length % 4)).view(lines, (length + 3) // 4, 4).sum(2)
+    too_many = (kept > 2).nonzero()
+    if len(too_many):
+        at, group = too_many[0].tolist()
+        raise ValueError(
+            f"mask must keep at most 2 in each group of 4 {others}; {line} {at} keeps "
+            f"{int(kept[at, group])} in {others} {4 * group} to {4 * group + 3}"
+        )
+
+
 def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    check_kept(mask)
     O, I = weight.shape
     P = padded(I)
     kept = F.pad(mask, (0, P - I)).view(O, P // 4, 4)
-    too_many = (kept.sum(2) > 2).nonzero()
-    if len(too_many):
-        row, group = too_many[0].tolist()
-        raise ValueError(
-            f"mask must keep at most 2 in each group of 4 columns; row {row} keeps "
-            f"{int(kept[row, group].sum())} in columns {4 * group} to {4 * group + 3}"
-        )
     # columns that are kept first, then the lowest others, in column order
     columns = kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :2].sort(dim=2).values
     dense = F.pad(torch.where(mask, weight, 0), (0, P - I)).view(O, P // 4, 4)
@@ -87,6 +94,17 @@ def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def sparse24_prune(weight: Tensor, transposable: bool) -> tuple[Tensor, Tensor]:
     return sparse24_compress(weight, sparse24_mask(weight, transposable))
+
+
+def sparse24_compress_both(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The packs of W and of W', for a mask that keeps at most two of four in rows and in columns."""
+    check_kept(mask)
+    check_kept(mask.t(), "column", "rows")
+    return (*sparse24_compress(weight, mask), *sparse24_compress(weight.t(), mask.t()))
+
+
+def sparse24_prune_both(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sparse24_compress_both(weight, sparse24_mask(weight, True))
 
 
 def kept_columns(metadata: Tensor) -> Tensor:
@@ -125,12 +143,15 @@ def sparse24_linear_ste(
     weight: Tensor,
     values: Tensor,
     metadata: Tensor,
+    values_t: Tensor | None,
+    metadata_t: Tensor | None,
     bias: Tensor | None,
     activation: int,
     keep_sum: bool,
     decay: float,
 ) -> tuple[Tensor, Tensor]:
-    """`sparse24_linear`; ``weight``, the dense tensor behind ``values``, only receives the gradient."""
+    """`sparse24_linear`; ``weight``, the dense tensor behind ``values``, only receives the gradient, and
+    ``values_t``, ``metadata_t``, the pack of W' if given, serve the gradient to the input."""
     return sparse24_linear(input, values, metadata, bias, activation, keep_sum)
 
 

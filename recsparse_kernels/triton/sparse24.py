@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.sparse24 import PAIRS, padded, patterns
+from ..reference.sparse24 import PAIRS, check_kept, padded, patterns
 from ._configs import Configs
 from ._device import device_function
 from ._launch import launch, launcher
@@ -284,25 +284,21 @@ def sparse24_mask(weight: Tensor, transposable: bool) -> Tensor:
     return mask
 
 
-def _check_kept(first_wrong: Tensor, mask: Tensor, groups: int) -> None:
+def _check_kept(first_wrong: Tensor, mask: Tensor, groups: int, line: str, others: str) -> None:
     """Raises ValueError on CPU tensors (the interpreter), as the reference does; on a GPU the device asserts."""
     if first_wrong.is_meta or first_wrong.numel() == 0:
         return
     where = first_wrong.min()
     if where.device.type != "cpu":
         fits = where == mask.shape[0] * groups
-        torch._assert_async(fits, "mask must keep at most 2 in each group of 4 columns")
+        torch._assert_async(fits, f"mask must keep at most 2 in each group of 4 {others}")
     elif int(where) < mask.shape[0] * groups:
-        row, group = divmod(int(where), groups)
-        kept = int(mask[row, 4 * group : 4 * group + 4].sum())
-        raise ValueError(
-            f"mask must keep at most 2 in each group of 4 columns; row {row} keeps "
-            f"{kept} in columns {4 * group} to {4 * group + 3}"
-        )
+        check_kept(mask, line, others)
 
 
-@launcher
-def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _compress(
+    weight: Tensor, mask: Tensor, line: str = "row", others: str = "columns"
+) -> tuple[Tensor, Tensor]:
     weight, mask = weight.contiguous(), mask.contiguous()
     O, I = weight.shape
     row_bytes = padded(I) // 8
@@ -313,8 +309,23 @@ def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     wrong = torch.empty(programs, dtype=torch.int64, device=weight.device)
     args = (weight, mask, values, metadata, wrong, I, row_bytes, O * row_bytes)
     launch(_compress_kernel, (programs,), *args, **config)
-    _check_kept(wrong, mask, 2 * row_bytes)
+    _check_kept(wrong, mask, 2 * row_bytes, line, others)
     return values, metadata
+
+
+@launcher
+def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _compress(weight, mask)
+
+
+@launcher
+def sparse24_compress_both(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (*_compress(weight, mask), *_compress(weight.t(), mask.t(), "column", "rows"))
+
+
+@launcher
+def sparse24_prune_both(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return sparse24_compress_both(weight, sparse24_mask(weight, True))
 
 
 @launcher

@@ -228,6 +228,8 @@ def sparse24_linear_ste(
     weight: Tensor,
     values: Tensor,
     metadata: Tensor,
+    values_t: Tensor | None,
+    metadata_t: Tensor | None,
     bias: Tensor | None,
     activation: int,
     keep_sum: bool,

@@ -31,7 +31,7 @@ HOT = {
     "linear_rows_kernel": (),
     "expanded_product_kernel": (),
     "prune_kernel": (),
-    "transposable_kernel": (),
+    "tiles_kernel": (),
     "compress_kernel": (),
     "gather_kernel": (),
     "decompress_kernel": (),

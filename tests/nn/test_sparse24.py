@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -265,6 +266,15 @@ def test_ste_layer(linear):
     assert sorted(layer.state_dict()) == ["bias", "mask", "weight"]
     with pytest.raises(ValueError, match="refresh must be 'manual' or 'forward'"):
         Sparse24LinearSTE(4, 4, refresh="sometimes")
+
+
+def test_ste_layer_refuses_a_mask_that_is_not_transposable(linear):
+    mask = ops.sparse24_mask(linear.weight)
+    mask[:3, 0], mask[:3, 1:4] = True, False
+    Sparse24LinearSTE.from_dense(linear, mask=mask)
+    for build in (SemiSparseLinear.from_dense, partial(Sparse24LinearSTE.from_dense, transposable=True)):
+        with pytest.raises(ValueError, match="column 0 keeps"):
+            build(linear, mask=mask)
 
 
 def test_torchao_names():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from recsparse_kernels import ops
-from recsparse_kernels.ops._backend import OPS
+from recsparse_kernels.ops._backend import OBSERVERS, OPS
 from recsparse_kernels.reference import sparse24 as reference
 from recsparse_kernels.testing import assert_close, backends
 from recsparse_kernels.testing.sparse24 import SHAPES, as_torch_packs, make_case, make_weight
@@ -80,6 +80,67 @@ def test_prune_is_mask_and_compress(shape, dtype, transposable, backend):
     assert torch.equal(values, expected[0]) and torch.equal(metadata, expected[1])
     grads = [torch.autograd.grad(v.sum(), weight)[0] for v in (values, expected[0])]
     assert torch.equal(*grads)
+
+
+def as_float64(tensors):
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*MASK_SHAPES, (130, 65)], ids=str)
+def test_both_packs_equal_reference(shape, dtype, backend):
+    """Pruned or of a given mask: the packs of the weight and of its transpose."""
+    weight = make_weight(*shape, dtype=dtype)
+    mask = reference.sparse24_mask(weight.double(), True)
+    exact = reference.sparse24_compress(weight.double(), mask)
+    exact += reference.sparse24_compress(weight.double().t(), mask.t())
+    fewer = mask & (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7)
+    exact_fewer = reference.sparse24_compress(weight.double(), fewer)
+    exact_fewer += reference.sparse24_compress(weight.double().t(), fewer.t())
+    for actual, expected in (
+        (ops.sparse24_prune_both(weight, backend=backend), exact),
+        (ops.sparse24_compress_both(weight, mask, backend=backend), exact),
+        (ops.sparse24_compress_both(weight, fewer, backend=backend), exact_fewer),
+    ):
+        assert all(a.dtype in (dtype, torch.uint8) and a.is_contiguous() for a in actual)
+        assert all(map(torch.equal, as_float64(actual), expected))
+
+
+@each_backend
+def test_both_packs_of_strided_and_not_finite(backend):
+    weight = make_weight(40, 24).t()[:, 3:33]
+    weight[2, 5], weight[7, 9], weight[8, 9] = float("inf"), float("-inf"), float("nan")
+    expected = reference.sparse24_prune_both(weight)
+    mask = ops.sparse24_mask(weight, transposable=True, backend=backend)
+    for packs in (
+        ops.sparse24_prune_both(weight, backend=backend),
+        ops.sparse24_compress_both(weight, mask.t().contiguous().t(), backend=backend),
+    ):
+        for actual, exact in zip(packs, expected, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=0, atol=0, equal_nan=True)
+
+
+@each_backend
+def test_both_packs_refuse_either_direction(backend):
+    weight, mask = torch.ones(50, 20), torch.zeros(50, 20, dtype=torch.bool)
+    mask[8:11, 3] = True
+    ops.sparse24_compress(weight, mask, backend=backend)
+    with pytest.raises(ValueError, match="column 3 keeps 3 in rows 8 to 11"):
+        ops.sparse24_compress_both(weight, mask, backend=backend)
+    mask[7, 12:15] = True
+    with pytest.raises(ValueError, match="row 7 keeps 3 in columns 12 to 15"):
+        ops.sparse24_compress_both(weight, mask, backend=backend)
+
+
+def test_gradients_through_both_packs():
+    """Also at the edges, where the mask keeps fewer than two and zeros fill up."""
+    weight = make_weight(5, 21).double().requires_grad_()
+    mask = ops.sparse24_mask(weight, transposable=True)
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_compress(w, mask)[0], (weight,))
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_prune(w, transposable=True)[0], (weight,))
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_compress_both(w, mask)[::2], (weight,))
+    assert torch.autograd.gradcheck(lambda w: ops.sparse24_prune_both(w)[::2], (weight,))
 
 
 def every_pattern():
@@ -428,6 +489,100 @@ def test_straight_through(activation, decay, backend):
         assert_close(name, *three)
 
 
+def ste_op_gradients(case, packs, weight, activation, backend):
+    """Output and gradients of the op itself, which takes the second pack on every backend."""
+    input, _, _, bias, grad = case
+    input, weight, bias = (t.clone().requires_grad_() for t in (input, weight, bias))
+    op = OPS["sparse24_linear_ste"]
+    output, _ = op(input, weight, *packs, bias, activation, False, 0.1, backend=backend)
+    return output, *torch.autograd.grad(output, (input, weight, bias), grad)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 16, 4), (3, 20, 1), (19, 45, 13), (40, 64, 36)], ids=str)
+def test_straight_through_with_both_packs(shape, dtype, backend):
+    """The gradient to the input is the same, from the pack of W or of W'."""
+    B, I, O = shape
+    case, weight = make_case(B, I, O, dtype=dtype), make_weight(O, I, dtype=dtype)
+    packs = ops.sparse24_prune_both(weight, backend=backend)
+    exact_packs = as_float64(packs)
+    exact = ste_op_gradients(doubled(*case), (*exact_packs[:2], None, None), weight.double(), 3, "reference")
+    baseline = ste_op_gradients(case, (*packs[:2], None, None), weight, 3, "reference")
+    names = ("output", "grad_input", "grad_weight", "grad_bias")
+    for taken in (packs, (*packs[:2], None, None)):
+        actual = ste_op_gradients(case, taken, weight, 3, backend)
+        for name, *three in zip(names, actual, exact, baseline, strict=True):
+            assert_close(name, *three)
+
+
+class OpNames:
+    """Names of the ops that are called meanwhile."""
+
+    def __enter__(self):
+        self.names = []
+        self.observe = lambda op, args, picked, asked: self.names.append(op.name)
+        OBSERVERS.append(self.observe)
+        return self
+
+    def __exit__(self, *_):
+        OBSERVERS.remove(self.observe)
+
+
+@each_backend
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_transposable_straight_through(with_mask, backend):
+    """Both packs are made where the products run on sparse tensor cores and the input has a gradient."""
+    weight = make_weight(12, 36, dtype=torch.bfloat16)
+    mask = ops.sparse24_mask(weight, transposable=True) if with_mask else None
+    input, _, _, bias, grad = make_case(9, 36, 12, dtype=torch.bfloat16)
+
+    def run(input, weight, bias, dtype=torch.bfloat16, **options):
+        input, weight, bias = (t.to(dtype).clone().requires_grad_() for t in (input, weight, bias))
+        output = ops.sparse24_linear_ste(input, weight, mask, bias, transposable=True, **options)
+        return output, *torch.autograd.grad(output, (input, weight, bias), grad.to(dtype))
+
+    with OpNames() as calls:
+        actual = run(input, weight, bias, backend=backend)
+    assert any("both" in name for name in calls.names) == (backend == "cuda")
+    assert ("sparse24_linear_grad_input" in calls.names) == (backend != "cuda")
+    exact = run(input, weight, bias, torch.float64, backend="reference")
+    baseline = run(input, weight, bias, backend="reference")
+    for name, *three in zip(("output", "input", "weight", "bias"), actual, exact, baseline, strict=True):
+        assert_close(name, *three)
+    with OpNames() as calls:
+        ops.sparse24_linear_ste(input, weight, mask, transposable=True, backend=backend)
+    assert not any("both" in name for name in calls.names)
+
+
+def test_second_derivative_with_both_packs_is_refused():
+    input, weight = make_case(4, 16, 8)[0].requires_grad_(), make_weight(8, 16)
+    packs = ops.sparse24_prune_both(weight)
+    output, _ = OPS["sparse24_linear_ste"](input, weight, *packs, None, 0, False, 0.0)
+    (grad,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="sparse24_linear_grad_input has no gradient"):
+        grad.sum().backward()
+
+
+@each_backend
+def test_compile_straight_through_keeps_one_graph(backend):
+    input, _, _, bias, _ = make_case(12, 36, 10, dtype=torch.bfloat16)
+    weight = make_weight(10, 36, dtype=torch.bfloat16)
+
+    def call(input, weight, bias):
+        return ops.sparse24_linear_ste(
+            input, weight, None, bias, activation="gelu", transposable=True, backend=backend
+        )
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        inputs = [t.clone().requires_grad_() for t in (input, weight, bias)]
+        function(*inputs).float().sum().backward()
+        results.append([t.grad for t in inputs])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager)
+
+
 @each_backend
 def test_leading_dimensions_and_strides(backend):
     input, values, metadata, bias, _ = make_case(24, 40, 10)
@@ -510,10 +665,14 @@ def test_opcheck_the_others(backend):
     input, values, metadata, bias, grad = make_case(6, 20, 9)
     weight = make_weight(9, 20).requires_grad_()
     mask = ops.sparse24_mask(weight)
+    both_ways = ops.sparse24_mask(weight, transposable=True)
+    packs = ops.sparse24_prune_both(weight.detach())
     cases = {
         "sparse24_mask": (weight.detach(), True),
         "sparse24_compress": (weight, mask),
         "sparse24_prune": (weight, True),
+        "sparse24_compress_both": (weight, both_ways),
+        "sparse24_prune_both": (weight,),
         "sparse24_gather": (weight, metadata),
         "sparse24_decompress": (values.requires_grad_(), metadata, 20),
         "sparse24_linear_ste": (
@@ -521,6 +680,8 @@ def test_opcheck_the_others(backend):
             weight,
             values.detach(),
             metadata,
+            None,
+            None,
             bias,
             3,
             False,
@@ -531,6 +692,8 @@ def test_opcheck_the_others(backend):
     }
     for name, args in cases.items():
         torch.library.opcheck(OPS[name].overload(backend), args)
+    args = (input, weight, *packs, bias, 3, True, 0.0)
+    torch.library.opcheck(OPS["sparse24_linear_ste"].overload(backend), args)
 
 
 @each_backend
