@@ -4,8 +4,12 @@
 
 1. every op call of the tests, on each backend that runs on the GPU (bench/gpu_cases.py)
 2. tests/gpu: CUDA graphs, two streams, two processes
-3. some of the calls under compute-sanitizer, where it is installed
-4. the benches below, side by side with torch's own layers, by CUDA events
+3. the benches below, side by side with torch's own layers, by CUDA events
+4. some of the calls under compute-sanitizer, where it is installed
+
+Each op and each bench can end its process (bench/processes.py) without the others. The calls are recorded
+first, on the CPU; ``--calls FILE`` takes those that ``python -m bench.gpu_cases record FILE`` has recorded
+elsewhere, which saves that time here.
 
 Writes bench/results/<gpu>.jsonl: a line for each op and backend, then one for each candidate of each bench.
 """
@@ -14,12 +18,14 @@ import argparse
 import functools
 import itertools
 import json
+import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,51 +37,96 @@ import recsparse_kernels as rk
 from recsparse_kernels.ops._backend import OPS
 
 from . import gpu_cases, harness
+from .processes import Lines, end_group, run_each, run_side_by_side
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 8 * 60
 BACKENDS = ("native", "triton")
 ROUNDS = 15
 ROUND_MS = 2.0
+GRAPH_BELOW_MS = 1.0  # calls so short are timed in a CUDA graph too: Python may take longer than the kernels
+CACHE_BYTES = 1 << 28  # well above the last-level cache of any GPU: 60 MB on an H200
+SILENT_SECONDS = 75  # a process that writes nothing for so long hangs
+# That check ops at once: the definition on the CPU, and Triton's compiler, take most of the time.
+PROCESSES = max(1, min(8, (os.cpu_count() or 1) - 1))
 
 
 class Report:
     """The lines of the result file, written as they come."""
 
     def __init__(self, out: Path, device: str):
-        self.out, self.failures = out, 0
+        self.out, self.failures, self._lock = out, 0, threading.Lock()
         name = torch.cuda.get_device_name() if device == "cuda" else harness.machine()["machine"]
         self.common = {**harness.machine(), "machine": name, "cuda": torch.version.cuda}
 
-    def write(self, line: dict) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.out, "a", encoding="utf-8") as file:
-            file.write(json.dumps({**line, **self.common}) + "\n")
+    def write(self, line: dict, failures: int = 0) -> None:
+        with self._lock:
+            self.failures += failures
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, **self.common}) + "\n")
+
+    def fail(self, check: str, tail: str) -> None:
+        print(f"{check}: FAILED: {tail}", flush=True)
+        self.write({"check": check, "passed": False, "tail": tail}, 1)
 
 
 # ---- correctness ----
 
 
-def check_ops(report: Report, device: str, calls: gpu_cases.Calls, backends: tuple[str, ...], most=None):
-    for backend in backends:
-        for line in gpu_cases.replay_all(calls, backend, device, most):
-            report.write({"check": "op", **line})
-            report.failures += line["failures"]
-            if line["failures"]:
-                print(f"  {line['op']} on {backend}: {line['failures']} of {line['cases']}: {line['first']}")
-        print(f"{backend}: {report.failures} failures so far")
+def check_ops(
+    report: Report, device: str, file: Path, names: list[str], backend: str, seconds: float, most: int | None
+) -> None:
+    """Makes the recorded calls of these ops on a backend."""
+    processes = PROCESSES if device == "cuda" else 1
+    each = max(2.0, seconds * processes / max(1, len(names)))
+
+    def command(ops: list[str], lines: Path) -> list[str]:
+        replay = [sys.executable, "-m", "bench.gpu_cases", "replay", str(file), "--backend", backend]
+        replay += ["--device", device, "--seconds", f"{each:.1f}", "--ops", ",".join(ops)]
+        return [*replay, "--lines", str(lines), *([] if most is None else ["--most", str(most)])]
+
+    cases = 0
+
+    def write(line: dict) -> None:
+        nonlocal cases
+        report.write({"check": "op", **line}, line["failures"])
+        cases += line["cases"]
+        if line["failures"]:
+            print(
+                f"  {line['op']} on {backend}: {line['failures']} of {line['cases']}: {line['first']}",
+                flush=True,
+            )
+
+    failed = run_side_by_side(
+        command, names, write, processes, seconds=seconds, silent=SILENT_SECONDS, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    for name, why in failed.items():
+        report.fail(f"{name} on {backend}", why)
+    print(f"{backend}: {cases} cases; {report.failures} failures so far", flush=True)
 
 
-def run_step(report: Report, name: str, command: list[str], seconds: float) -> None:
+def run_step(report: Report, name: str, command: list[str], seconds: float, **environment: str) -> None:
     """A command of its own: an error of the GPU ends its process, not ours."""
-    try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1))
-        passed, tail = run.returncode == 0, (run.stdout + run.stderr)[-2000:]
-    except subprocess.TimeoutExpired:
-        passed, tail = False, f"stopped after {seconds:.0f} s"
-    print(f"{name}: {'passed' if passed else 'FAILED: ' + tail}")
-    report.write({"check": name, "passed": passed, "tail": "" if passed else tail})
-    report.failures += not passed
+    tail = ""
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+        try:
+            if process.wait(timeout=max(seconds, 1)):
+                tail = f"status {process.returncode}"
+        except subprocess.TimeoutExpired:
+            tail = f"stopped after {seconds:.0f} s"
+        end_group(process)
+        printed.seek(0)
+        text = printed.read()
+    if tail:
+        return report.fail(name, f"{tail}: {text[-4000:]}")
+    print(f"{name}: passed", flush=True)
+    report.write({"check": name, "passed": True, "tail": text[-200:]})
 
 
 # ---- speed ----
@@ -105,28 +156,71 @@ def gpu_times(candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS)
     return times
 
 
-def compare(report: Report, bench: str, shape: str, candidates: dict, dense: str, work_bytes=None) -> None:
-    """Times the candidates and writes a line for each. One that cannot run here says why."""
+def compare(report: Lines, bench: str, shape: str, candidates: dict, dense: str, work_bytes=None) -> None:
+    """Times the candidates and writes a line for each. One that cannot run here says why.
+
+    Short calls are timed a second time in a CUDA graph, without what Python and the driver take for a call.
+    """
     usable = {}
     for name, call in candidates.items():
         try:
             call()
             torch.cuda.synchronize()
             usable[name] = call
-        except (RuntimeError, ImportError, ValueError) as error:
-            report.write({"bench": bench, "shape": shape, "backend": name, "missing": str(error)[:300]})
+        except Exception as error:  # whatever a peer, a compiler or the driver raises
+            missing = f"{type(error).__name__}: {error}"[:500]
+            report.write({"bench": bench, "shape": shape, "backend": name, "missing": missing})
+            torch.cuda.synchronize()  # raises, and so ends the bench, where the GPU is unusable now
+    if not usable:
+        return
     times = gpu_times(usable)
-    base = statistics.median(times[dense])
-    print(f"{bench} {shape}")
+    _write_times(report, {"bench": bench, "shape": shape, "graph": False}, times, dense, work_bytes)
+    short = {n: c for n, c in usable.items() if statistics.median(times[n]) < GRAPH_BELOW_MS}
+    graphs, count = {}, {}
+    for name, call in short.items():
+        count[name] = max(1, round(ROUND_MS / statistics.median(times[name])))
+        try:
+            graphs[name] = in_graph(call, count[name])
+        except Exception as error:  # not everything can be captured
+            missing = f"{type(error).__name__}: {error}"[:500]
+            report.write({"bench": bench, "shape": shape, "backend": name, "graph": True, "missing": missing})
+            torch.cuda.synchronize()
+    if graphs:
+        times = {n: [t / count[n] for t in found] for n, found in gpu_times(graphs).items()}
+        _write_times(report, {"bench": bench, "shape": shape, "graph": True}, times, dense, work_bytes)
+
+
+def in_graph(call: Callable[[], object], count: int) -> Callable[[], None]:
+    """The call so many times over, as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _write_times(report: Lines, case: dict, times: dict[str, list[float]], dense: str, work_bytes) -> None:
+    base = statistics.median(times[dense]) if dense in times else None
+    print(case["bench"], case["shape"], "in a CUDA graph" if case["graph"] else "", flush=True)
     for name, values in times.items():
         values = sorted(values)
         p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
         moved = work_bytes / p50 / 1e6 if work_bytes and name.startswith("ours") else None
+        speedup = base / p50 if base else None
         report.write({
-            "bench": bench, "shape": shape, "backend": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "speedup_over_dense": base / p50, "gb_per_s": moved,
+            **case, "backend": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
+            "speedup_over_dense": speedup, "gb_per_s": moved,
         })  # fmt: skip
-        print(f"  {name:<28} {p50:9.4f} ms ({p20:.4f}..{p80:.4f})  {base / p50:6.2f}x {dense}")
+        ratio = f"{speedup:6.2f}x {dense}" if base else ""
+        print(f"  {name:<28} {p50:9.4f} ms ({p20:.4f}..{p80:.4f})  {ratio}", flush=True)
 
 
 def ours(op: str, dtype: torch.dtype, call: Callable) -> dict[str, Callable[[], object]]:
@@ -140,48 +234,74 @@ def in_turn(inputs: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
     return functools.partial(next, itertools.cycle(inputs))
 
 
-def copy_bandwidth(report: Report) -> None:
+def copy_bandwidth(report: Lines) -> None:
     a = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
     b = torch.empty_like(a)
     compare(report, "copy", "1 GiB", {"ours-copy": lambda: b.copy_(a)}, "ours-copy", 2 * a.nbytes)
 
 
 @torch.no_grad()
-def bench_masked_bag(report: Report, dtype: torch.dtype) -> None:
+def bench_masked_bag(report: Lines) -> None:
     V, D, bags, length, density = 8_000_000, 64, 16384, 32, 0.2
-    dense = nn.EmbeddingBag(V, D, mode="sum", device="cuda", dtype=dtype)
-    module = rk.nn.MaskedEmbeddingBag(V, D, mode="sum", density=density, device="cuda", dtype=dtype)
-    table, following = (
-        module.table,
-        in_turn([torch.randint(V, (bags, length), device="cuda") for _ in range(4)]),
-    )
-    needed = bags * length * (8 + 12 + D * density * dtype.itemsize) + bags * D * dtype.itemsize
+    # packed on the GPU: the layer's own mask is drawn on the CPU, which takes minutes for so many rows
+    mask = torch.rand(V, D, device="cuda") < density
+    following = in_turn([torch.randint(V, (bags, length), device="cuda") for _ in range(4)])
+    for dtype in (torch.float32, torch.bfloat16):
+        dense = nn.EmbeddingBag(V, D, mode="sum", device="cuda", dtype=dtype)
+        table = rk.ops.masked_embedding_pack(dense.weight, mask)
+        needed = bags * length * (8 + 12 + D * density * dtype.itemsize) + bags * D * dtype.itemsize
 
-    def bag(backend):
-        return rk.ops.masked_embedding_bag(following(), table, mode="sum", backend=backend)
+        def bag(backend, table=table):
+            return rk.ops.masked_embedding_bag(following(), table, mode="sum", backend=backend)
 
-    candidates = {"nn.EmbeddingBag": lambda: dense(following()), **ours("masked_embedding_bag", dtype, bag)}
-    shape = f"V={V} D={D} bags={bags}x{length} {dtype}"
-    compare(report, "masked_bag", shape, candidates, "nn.EmbeddingBag", int(needed))
+        candidates = {
+            "nn.EmbeddingBag": lambda dense=dense: dense(following()),
+            **ours("masked_embedding_bag", dtype, bag),
+        }
+        shape = f"V={V} D={D} bags={bags}x{length} {dtype}"
+        compare(report, "masked_bag", shape, candidates, "nn.EmbeddingBag", int(needed))
 
 
 @torch.no_grad()
-def bench_sparse24(report: Report, B: int, I: int, O: int) -> None:
+def bench_sparse24(report: Lines, B: int, I: int, O: int) -> None:
     x = torch.randn(B, I, device="cuda", dtype=torch.bfloat16)
-    linear = nn.Linear(I, O, bias=False, device="cuda", dtype=torch.bfloat16)
-    module = rk.nn.Sparse24Linear.from_dense(linear)
+    # for few rows the weight's bytes are the time: none may be in the cache when its turn comes again
+    turns = 1 if B >= 1024 else max(2, CACHE_BYTES // (I * O) + 1)
+    layers = [nn.Linear(I, O, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(turns)]
+    modules = [rk.nn.Sparse24Linear.from_dense(layer) for layer in layers]
+    pruned = [module.to_dense().weight.detach().contiguous() for module in modules]
+    linears, packed = in_turn(layers), in_turn(modules)
 
     def product(backend):
+        module = packed()
         return rk.ops.sparse24_linear(x, module.values, module.metadata, backend=backend)
 
-    candidates = {"F.linear": lambda: linear(x)}
+    candidates = {"F.linear": lambda: linears()(x)}
     for peer in ("cusparselt", "cutlass"):
-        candidates[f"torch-{peer}"] = _semi_structured(peer, module.to_dense().weight, x)
+        candidates[f"torch-{peer}"] = _semi_structured(peer, pruned, x)
     own = ours("sparse24_linear", x.dtype, product)
     candidates |= own
     if "ours-native" in own and torch.cuda.get_device_capability() == (9, 0):
         candidates["ours-native-mma.sp"] = functools.partial(without_warpgroups, own["ours-native"])
     compare(report, "sparse24", f"B={B} I={I} O={O} bf16", candidates, "F.linear")
+
+
+@torch.no_grad()
+def bench_sparse24_prune(report: Lines) -> None:
+    O = I = 4096
+    weights = [
+        torch.randn(O, I, device="cuda", dtype=torch.bfloat16) for _ in range(CACHE_BYTES // (2 * O * I))
+    ]
+    following = in_turn(weights)
+    masked = in_turn([w * rk.ops.sparse24_mask(w) for w in weights])
+
+    def prune(backend):
+        return rk.ops.sparse24_prune(following(), backend=backend)
+
+    candidates = {"copy": lambda: following().clone()}
+    candidates["torch-cusparselt, compress alone"] = lambda: torch._cslt_compress(masked())
+    candidates |= ours("sparse24_prune", torch.bfloat16, prune)
+    compare(report, "sparse24_prune", f"O={O} I={I} bf16", candidates, "copy", O * I * 2 + O * I + O * I // 8)
 
 
 def without_warpgroups(call: Callable[[], object]) -> object:
@@ -193,26 +313,28 @@ def without_warpgroups(call: Callable[[], object]) -> object:
         torch.ops.recsparse.sparse24_use_warpgroups(before)
 
 
-def _semi_structured(peer: str, weight: torch.Tensor, x: torch.Tensor) -> Callable[[], object]:
+def _semi_structured(peer: str, weights: list[torch.Tensor], x: torch.Tensor) -> Callable[[], object]:
     from torch.sparse import semi_structured as torch_sparse
 
     names = {
         "cusparselt": "SparseSemiStructuredTensorCUSPARSELT",
         "cutlass": "SparseSemiStructuredTensorCUTLASS",
     }
-    packed = None
 
-    def run():
-        nonlocal packed
-        if packed is None:
-            packed = getattr(torch_sparse, names[peer]).from_dense(weight.detach().contiguous())
-        return nn.functional.linear(x, packed)
+    @functools.cache
+    def following():
+        packed = [getattr(torch_sparse, names[peer]).from_dense(weight) for weight in weights]
+        if peer == "cusparselt":
+            found = torch._cslt_sparse_mm_search(packed[0].packed, x.t())
+            for one in packed:
+                one.alg_id_cusparselt = found
+        return in_turn(packed)
 
-    return run
+    return lambda: nn.functional.linear(x, following()())
 
 
 @torch.no_grad()
-def bench_low_rank_cross(report: Report) -> None:
+def bench_low_rank_cross(report: Lines) -> None:
     B, I, R = 4096, 3456, 64
     layer = rk.nn.LowRankCross(I, R, device="cuda", dtype=torch.bfloat16)
     x0, x = (torch.randn(B, I, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -231,7 +353,7 @@ def bench_low_rank_cross(report: Report) -> None:
     compare(report, "low_rank_cross", f"B={B} I={I} R={R} bf16", candidates, "eager")
 
 
-def bench_fan_in_step(report: Report) -> None:
+def bench_fan_in_step(report: Lines) -> None:
     L, H, F, B, positives = 2_812_281, 768, 128, 128, 5
     x = torch.randn(B, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     offsets = torch.arange(B + 1, device="cuda") * positives
@@ -251,52 +373,116 @@ def bench_fan_in_step(report: Report) -> None:
         compare(report, "fan_in_step", f"L={L} H={H} F={F} B={B} bf16", candidates, next(iter(candidates)))
 
 
-BENCHES = (
-    copy_bandwidth,
-    *(functools.partial(bench_masked_bag, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)),
-    *(
-        functools.partial(bench_sparse24, B=B, I=I, O=O)
-        for B, I, O in ((4096, 4096, 4096), (4096, 2048, 2048), (64, 8192, 8192), (16, 8192, 8192))
-    ),
-    bench_low_rank_cross,
-    bench_fan_in_step,
-)
+def bench_fan_in_memory(report: Lines) -> None:
+    L, H, F, B, positives = 2_812_281, 768, 128, 128, 5
+    for backend in [b for b in BACKENDS if b in OPS["fan_in_loss_step"].backends("cuda", torch.bfloat16)]:
+        torch.cuda.empty_cache()
+        layer = rk.nn.FixedFanInLinear(H, L, F, group_size=32, device="cuda", dtype=torch.bfloat16)
+        update = layer.fuse_optimizer("sgd", lr=0.1)
+        x = torch.randn(B, H, device="cuda", dtype=torch.bfloat16)
+        offsets = torch.arange(B + 1, device="cuda") * positives
+        labels = torch.randint(L, (B * positives,), device="cuda")
+        parameters = (layer.packed_weight, layer.indices, layer.bias)
+        torch.cuda.reset_peak_memory_stats()
+        rk.ops.fan_in_loss_step(x, *parameters, offsets, labels, update, group_size=32, backend=backend)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        shape = f"L={L} H={H} F={F} B={B} G=32 bf16 sgd"
+        report.write(
+            {"bench": "fan_in_memory", "shape": shape, "backend": f"ours-{backend}", "peak_gib": peak}
+        )
+        print(f"fan_in_memory {shape}\n  ours-{backend}: {peak:.2f} GiB at most", flush=True)
+
+
+BENCHES: dict[str, Callable[[Lines], None]] = {
+    "copy": copy_bandwidth,
+    **{
+        f"sparse24_{B}x{I}x{O}": functools.partial(bench_sparse24, B=B, I=I, O=O)
+        for B, I, O in (
+            (4096, 4096, 4096),
+            (8192, 8192, 8192),
+            (4096, 2048, 2048),
+            (64, 8192, 8192),
+            (16, 8192, 8192),
+        )  # fmt: skip
+    },
+    "sparse24_prune": bench_sparse24_prune,
+    "masked_bag": bench_masked_bag,
+    "low_rank_cross": bench_low_rank_cross,
+    "fan_in_step": bench_fan_in_step,
+    "fan_in_memory": bench_fan_in_memory,
+}
+
+
+def run_benches(names: list[str], file: Path) -> int:
+    """A process's share: in order, each with its lines; what a bench raises is a line too."""
+    lines = Lines(file)
+    for name in lines.each(names):
+        try:
+            BENCHES[name](lines)
+        except Exception as error:
+            lines.write({"bench": name, "error": f"{type(error).__name__}: {error}"[:2000]})
+            torch.cuda.synchronize()  # ends the process where the GPU is unusable now
+        torch.cuda.empty_cache()
+    return 0
+
+
+def check_benches(report: Report, seconds: float) -> None:
+    def command(names: list[str], lines: Path) -> list[str]:
+        return [sys.executable, "-m", "bench.gpu", "--benches", ",".join(names), "--lines", str(lines)]
+
+    def write(line: dict) -> None:
+        report.write(line, int("error" in line))
+        if "p50_ms" in line:
+            name = f"{line['bench']} {line['shape']}" + " in a CUDA graph" * line["graph"]
+            ratio = f"{line['speedup_over_dense']:6.2f}x" if line["speedup_over_dense"] else ""
+            print(f"  {name:<60} {line['backend']:<24} {line['p50_ms']:9.4f} ms {ratio}", flush=True)
+        else:
+            print(f"  {line}", flush=True)
+
+    failed = run_each(command, list(BENCHES), write, seconds=seconds, silent=2 * SILENT_SECONDS, cwd=ROOT)
+    for name, why in failed.items():
+        report.fail(f"bench {name}", why)
 
 
 # ---- all of it ----
 
+# Is given its seconds; at most so many; kept for it, whatever those before take.
+Step = tuple[Callable[[float], None], float, float]
 
-def steps(report: Report, device: str, select: str, most: int | None) -> Iterator[Callable[[float], None]]:
-    """What is run, in order; each is given the seconds left."""
-    folder = Path(tempfile.mkdtemp())
-    file = folder / "calls.pt"
+
+def steps(
+    report: Report, device: str, select: str, most: int | None, calls: Path | None, folder: Path
+) -> Iterator[Step]:
+    """What is run, in order. A step may take what it is given and those after it do not need."""
     python = [sys.executable, "-m", "bench.gpu_cases"]
-    yield lambda left: run_step(report, "record", [*python, "record", str(file), "--select", select], left)
-    backends = BACKENDS if device == "cuda" else ("cuda",)
-    if file.exists():
-        calls = torch.load(file, weights_only=False)
-        yield lambda left: check_ops(report, device, calls, backends, most)
-    if device == "cuda":
-        yield lambda left: run_step(
-            report, "tests/gpu", [sys.executable, "-m", "pytest", "-q", "tests/gpu"], left
-        )
-        if shutil.which("compute-sanitizer"):
-            command = [
-                "compute-sanitizer",
-                "--error-exitcode",
-                "9",
-                *python,
-                "replay",
-                str(file),
-                "--most",
-                "3",
-            ]
-            yield lambda left: run_step(report, "compute-sanitizer", command, min(left, 90))
-        else:
-            print("compute-sanitizer is not installed: skipped")
-        for bench in BENCHES:
-            yield lambda left, bench=bench: bench(report)
-    shutil.rmtree(folder)
+    file = calls or folder / "calls.pt"
+    if calls is None:
+        command = [*python, "record", str(file), "--select", select]
+        command += ["--jobs", str(PROCESSES), "--seconds", "100"]
+        yield functools.partial(run_step, report, "record", command), 150, 30
+    for backend in BACKENDS if device == "cuda" else ("cuda",):
+
+        def check(seconds: float, backend=backend) -> None:
+            if not file.exists():
+                return report.fail(backend, "no calls were recorded")
+            names = sorted(torch.load(file, weights_only=False))
+            check_ops(report, device, file, names, backend, seconds, most)
+
+        yield check, 150 if device == "cuda" else SECONDS, 30
+    if device != "cuda":
+        return
+    for test in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
+        name = f"tests/gpu/{test.name}"
+        yield functools.partial(run_step, report, name, command, TRITON_INTERPRET="0"), 60, 15
+    yield functools.partial(check_benches, report), 240, 120
+    if shutil.which("compute-sanitizer"):
+        replay = [*python, "replay", str(file), "--most", "2", "--seconds", "1"]
+        command = ["compute-sanitizer", "--error-exitcode", "9", *replay]
+        yield functools.partial(run_step, report, "compute-sanitizer", command), 90, 0
+    else:
+        print("compute-sanitizer is not installed: skipped")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -304,38 +490,43 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="cuda", help="cpu: the correctness part, on the kernels run on the CPU"
     )
-    parser.add_argument("--select", default="reference", help="pytest's -k for the tests that are recorded")
+    parser.add_argument(
+        "--select", default=gpu_cases.SELECT, help="pytest's -k for the tests that are recorded"
+    )
+    parser.add_argument("--calls", type=Path, help="recorded before (bench.gpu_cases record)")
     parser.add_argument("--most", type=int, help="calls of each op that are checked")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--benches", help="only these, comma-separated, in this process")
+    parser.add_argument("--lines", type=Path, default=Path(os.devnull), help="with --benches: written to")
     args = parser.parse_args(argv)
+    if args.benches:
+        return run_benches(args.benches.split(","), args.lines)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"no GPU that torch can use: nothing was run\n{rk.show_config()}", file=sys.stderr)
         return 2
-    if args.device == "cpu":
-        from recsparse_kernels.testing import load_cuda_on_cpu
-
-        if not load_cuda_on_cpu(ROOT / "tests" / "native" / "_cuda_on_cpu.so"):
-            print("tests/native/_cuda_on_cpu.so is not built (make test)", file=sys.stderr)
-            return 2
+    if args.device == "cpu" and not (ROOT / "tests" / "native" / "_cuda_on_cpu.so").exists():
+        print("tests/native/_cuda_on_cpu.so is not built (make test)", file=sys.stderr)
+        return 2
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cuda-on-cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     report = Report(args.out or harness.RESULTS / f"{slug}.jsonl", args.device)
-    print(rk.show_config())
-    end = time.monotonic() + SECONDS
-    for step in steps(report, args.device, args.select, args.most):
-        left = end - time.monotonic()
-        if left < 5:
-            print("out of time: the rest is skipped")
-            report.write({"check": "time", "passed": False, "tail": "out of time: the rest was skipped"})
-            report.failures += 1
-            break
-        try:
-            step(left)
-        except (RuntimeError, ValueError) as error:  # a bench that cannot run here; the others go on
-            print(f"FAILED: {error}")
-            report.write({"check": "step", "passed": False, "tail": str(error)[:2000]})
-            report.failures += 1
-    print(f"{report.out}: {report.failures} failures")
+    print(rk.show_config(), flush=True)
+    end = time.monotonic() + args.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        calls = args.calls and args.calls.resolve()
+        planned = list(steps(report, args.device, args.select, args.most, calls, Path(folder)))
+        for n, (step, most, _) in enumerate(planned):
+            kept = sum(least for _, _, least in planned[n + 1 :])
+            seconds = min(most, end - time.monotonic() - kept)
+            if seconds < 5:
+                report.fail("time", "out of time: a step was left out")
+                continue
+            try:
+                step(seconds)
+            except Exception as error:  # the others go on
+                report.fail("step", f"{type(error).__name__}: {error}"[:2000])
+    print(f"{report.out}: {report.failures} failures", flush=True)
     return int(report.failures > 0)
 
 

@@ -1,6 +1,7 @@
 """The op calls that the tests make, recorded on the CPU and made again on a GPU.
 
-    python -m bench.gpu_cases record FILE                    runs tests/ops on the reference and keeps its calls
+    python -m bench.gpu_cases record FILE                    runs tests/ops on the reference and keeps its calls;
+                                                             needs no GPU
     python -m bench.gpu_cases replay FILE --backend native   makes them on the GPU and compares
 
 A GPU so gets every case that the tests have, without a second set of tests. As there, a kernel may err at
@@ -9,19 +10,30 @@ most twice as much as the reference does in the working dtype.
 
 import argparse
 import collections
+import os
+import random
+import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recsparse_kernels.ops._backend import NATIVE_DTYPES, OBSERVERS, OPS
-from recsparse_kernels.testing import assert_close
+from recsparse_kernels.testing import assert_close, load_cuda_on_cpu
+
+from .processes import Lines
 
 ROOT = Path(__file__).parents[1]
 MOST_OF_AN_OP = 300  # calls; the tests make some ops' calls by the thousand
 MOST_BYTES = 1 << 22  # of a call's tensors
+# The tests whose calls are recorded. What compiles or exports calls nothing that others do not.
+SELECT = "reference and not compile and not export and not opcheck"
 # Integers that are only one of several right answers (equal scores); their floats are compared.
 ANY_OF_EQUALS = {"fan_in_topk"}
 
@@ -72,20 +84,49 @@ class Recorder:
         mine.append(_map(tuple(args), lambda t: t.detach().clone()))
 
 
-def record(paths: tuple[str, ...] = ("tests/ops",), select: str = "reference") -> Calls:
-    """Calls of the tests under ``paths`` whose names contain ``select``."""
+class _Until:
+    """A pytest plugin: no test begins after the time."""
+
+    def __init__(self, end: float):
+        self.end = end
+
+    def pytest_runtest_teardown(self, item) -> None:
+        if time.monotonic() > self.end:
+            item.session.shouldstop = "out of time"
+
+
+def record(paths: Sequence[str | Path], select: str = SELECT, seconds: float = float("inf")) -> Calls:
+    """Calls of the tests in ``paths`` that pytest's ``-k select`` takes, of those too that fail here."""
     import pytest
 
     recorder = Recorder()
     OBSERVERS.append(recorder)
     try:
-        arguments = ["-q", "-p", "no:cacheprovider", "-k", select, *(str(ROOT / p) for p in paths)]
-        status = pytest.main(arguments)
+        arguments = ["-q", "-p", "no:cacheprovider", "-k", select, *map(str, paths)]
+        status = pytest.main(arguments, plugins=[_Until(time.monotonic() + seconds)])
     finally:
         OBSERVERS.remove(recorder)
     if status not in (0, 5):
-        raise RuntimeError(f"the tests that are recorded fail (pytest's status {int(status)})")
+        print(f"some of the tests that are recorded fail (pytest's status {int(status)})", file=sys.stderr)
     return {name: calls for name, calls in recorder.calls.items() if calls}
+
+
+def record_apart(paths: Sequence[Path], select: str, seconds: float, jobs: int) -> Calls:
+    """The same, each file of tests in a process of its own, so many at once."""
+
+    def one(path: Path) -> Calls:
+        file = Path(folder) / f"{path.stem}.pt"
+        command = [sys.executable, "-m", "bench.gpu_cases", "record", str(file), "--tests", str(path)]
+        command += ["--select", select, "--seconds", str(seconds)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"})
+        return torch.load(file, weights_only=False) if file.exists() else {}
+
+    every: Calls = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        for calls in pool.map(one, paths):
+            for name, mine in calls.items():
+                every[name] += mine
+    return {name: calls[:MOST_OF_AN_OP] for name, calls in every.items()}
 
 
 def _run(op, backend: str, args: tuple) -> list[Tensor]:
@@ -98,15 +139,23 @@ def _run(op, backend: str, args: tuple) -> list[Tensor]:
     return result
 
 
+class Refused(Exception):
+    """The definition raises for these arguments: there is nothing to compare, and a GPU would assert."""
+
+
 def replay(name: str, args: tuple, backend: str, device: str) -> None:
     """Makes one recorded call and compares.
 
     Raises:
         AssertionError: the results differ by more than rounding explains.
+        Refused: the call is one of a test of error messages.
     """
     op = OPS[name]
     with torch.no_grad():
-        baseline = _run(op, "reference", _map(args, torch.clone))
+        try:
+            baseline = _run(op, "reference", _map(args, torch.clone))
+        except Exception as error:
+            raise Refused(str(error)) from error
         try:
             wide = _map(args, lambda t: t.double() if t.is_floating_point() else t.clone())
             exact = _run(op, "reference", wide)
@@ -122,24 +171,54 @@ def replay(name: str, args: tuple, backend: str, device: str) -> None:
             assert torch.equal(a, b.to(a.dtype)), f"{name}, tensor {n}: integers differ"
 
 
+def replay_op(
+    name: str,
+    every: list[tuple],
+    backend: str,
+    device: str,
+    most: int | None = None,
+    seconds: float = float("inf"),
+) -> dict | None:
+    """The op's calls on the backend, at most so many and for so long: cases, failures, the first failure.
+
+    None: the backend has the op for none of them. Ends the process when a call has left the GPU unusable.
+    """
+    failures, first, cases, end = 0, "", 0, time.monotonic() + seconds
+    for args in random.Random(0).sample(every, len(every))[:most]:  # those that there is time for differ
+        if cases and time.monotonic() > end:
+            break
+        dtype = OPS[name].device_and_dtype(args)[1]
+        if backend not in OPS[name].backends(device, dtype):
+            continue
+        try:
+            replay(name, args, backend, device)
+        except Refused:
+            continue
+        except Exception as error:
+            failures += 1
+            first = first or f"{type(error).__name__}: {error}"[:500]
+            _end_if_unusable(device, f"{name} on {backend}: {error}\n{_signature(args)}")
+        cases += 1
+    if not cases:
+        return None
+    return dict(op=name, backend=backend, cases=cases, of=len(every), failures=failures, first=first)
+
+
+def _end_if_unusable(device: str, what: str) -> None:
+    """A GPU's own errors stay: nothing works after them in this process."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"{what[-1500:]}\n{error}", flush=True)
+        os._exit(3)
+
+
 def replay_all(calls: Calls, backend: str, device: str, most: int | None = None) -> list[dict]:
-    """One line for each op that the backend has on the device: cases, failures, the first failure."""
-    lines = []
-    for name, every in sorted(calls.items()):
-        failures, first, cases = 0, "", 0
-        for args in every[:most]:
-            dtype = OPS[name].device_and_dtype(args)[1]
-            if backend not in OPS[name].backends(device, dtype):
-                continue
-            cases += 1
-            try:
-                replay(name, args, backend, device)
-            except (AssertionError, RuntimeError) as error:
-                failures += 1
-                first = first or str(error).splitlines()[0]
-        if cases:
-            lines.append(dict(op=name, backend=backend, cases=cases, failures=failures, first=first))
-    return lines
+    """One line for each op that the backend has on the device."""
+    lines = (replay_op(name, every, backend, device, most) for name, every in sorted(calls.items()))
+    return [line for line in lines if line]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,19 +226,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", choices=["record", "replay"])
     parser.add_argument("file", type=Path)
     parser.add_argument("--backend", default="native")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", help="cpu: the CUDA kernels run on the CPU")
     parser.add_argument("--most", type=int, help="calls of each op")
-    parser.add_argument("--select", default="reference", help="record: pytest's -k")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        help="replay: for each op; record: for each file of tests",
+    )
+    parser.add_argument("--ops", help="comma-separated; default: all")
+    parser.add_argument("--lines", type=Path, help="write what is found there, as it comes")
+    parser.add_argument("--select", default=SELECT, help="record: pytest's -k")
+    parser.add_argument(
+        "--tests", type=Path, nargs="+", help="record: these files; default: all of tests/ops"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="record: processes at once")
     args = parser.parse_args(argv)
     if args.command == "record":
-        calls = record(select=args.select)
+        tests = [test.resolve() for test in args.tests or []] or sorted(
+            (ROOT / "tests" / "ops").glob("test_*.py")
+        )
+        if args.jobs > 1:
+            calls = record_apart(tests, args.select, args.seconds, args.jobs)
+        else:
+            calls = record(tests, args.select, args.seconds)
         torch.save(calls, args.file)
         print(f"{sum(map(len, calls.values()))} calls of {len(calls)} ops")
-        return 0
+        return int(not calls)
+    if args.device == "cpu" and not load_cuda_on_cpu(ROOT / "tests" / "native" / "_cuda_on_cpu.so"):
+        print("tests/native/_cuda_on_cpu.so is not built (make test)", file=sys.stderr)
+        return 2
+    # new memory is filled with NaN, as in the tests: an element never written is found
+    warnings.filterwarnings("ignore", message=".*deterministic")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     calls = torch.load(args.file, weights_only=False)
-    lines = replay_all(calls, args.backend, args.device, args.most)
-    for line in lines:
-        print(f"{line['op']:<50} {line['cases']:5} cases, {line['failures']} failures {line['first']}")
+    lines, out = [], Lines(args.lines or Path(os.devnull))
+    for name in out.each(args.ops.split(",") if args.ops else sorted(calls)):
+        line = replay_op(name, calls[name], args.backend, args.device, args.most, args.seconds)
+        if line:
+            lines.append(line)
+            out.write(line)
+            print(
+                f"{name:<50} {line['cases']:5} cases, {line['failures']} failures {line['first']}", flush=True
+            )
     return int(any(line["failures"] for line in lines) or not lines)
 
 

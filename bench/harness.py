@@ -129,7 +129,7 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 @functools.lru_cache(maxsize=1)
 def machine() -> dict:
-    """Processor, torch version and commit, for the JSON lines."""
+    """Processor, torch version and (where git knows it) commit, for the JSON lines."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -140,7 +140,10 @@ def machine() -> dict:
 
     def git(*arguments):
         command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            return ""
 
     # results change while they are measured
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")

@@ -16,7 +16,8 @@ std::optional<FusedSizes> fused_sizes(const Stream& stream, const FanInTiles<T>&
   const FanInLayer<T>& layer = tiles.layer();
   if (sizeof(T) != 2 || !tiles.grouped() || layer.fan_in == 0 || layer.batch == 0)
     return std::nullopt;
-  const int64_t most = stream.max_shared_bytes() / 2, part = 8 * tiles.n();
+  // a block also has the system's part and block_sum's array
+  const int64_t most = stream.max_shared_bytes() / 2 - 1024, part = 8 * tiles.n();
   const int64_t rows = ceil_div(layer.pitch, part) * part;
   const int64_t inputs = ceil_div(layer.fan_in, part) * part;
   if (rows > most || inputs > most || rows * inputs > most) return std::nullopt;

@@ -82,7 +82,9 @@ class FanInTiles {
     } else {
       lanes_ = int(std::min<int64_t>(
           8, std::bit_ceil(uint64_t(std::max<int64_t>(1, layer_.pitch / kVector)))));
-      const int64_t left = stream.max_shared_bytes() - result_bytes(8) - 1024;
+      // of a block: the result, which takes most where one lane holds a label's rows, and
+      // block_sum's array
+      const int64_t left = stream.max_shared_bytes() - result_bytes(1) - 1024;
       int lanes = lanes_;
       while (lanes > 1 && slice_bytes(lanes) > left) lanes /= 2;
       // loading a slice must pay, and a slice too narrow would read the weights too often

@@ -59,7 +59,8 @@ struct WarpgroupShape {
                 "swizzles repeat after 1024 bytes");
   // To a multiple of 1024 bytes, which dynamic shared memory need not begin at.
   static constexpr int64_t kSharedBytes = 1024 + kBarriersAt + 2 * 8 * kStages;
-  static_assert(kSharedBytes <= 227 * 1024, "what sm_90 can give a block");
+  static_assert(kSharedBytes <= 226 * 1024,
+                "what sm_90 can give a block, and 1 KB of the system's");
 };
 
 // Position in a ring of stages, and the parity of the phase that fills it.

@@ -1,6 +1,7 @@
 """The CUDA library as built: hot kernels without a spill, the instructions they are about, and that it loads."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_products_of_a_warpgroup_are_not_serialised(kernels):
     """Where the compiler cannot tell that products may overlap, it waits after each."""
     mine = [k for k in kernels if k.name == "sparse_linear_sm90_kernel"]
     assert mine and all(k.instructions["WARPGROUP.DEPBAR"] < k.instructions["HGMMA.SP"] for k in mine)
+
+
+@needs_cuobjdump
+def test_every_launch_gets_the_shared_memory_it_does_not_ask_for(kernels):
+    """A kernel's own arrays and kSharedUnasked are at most the 48 KB that a block has by default."""
+    text = (ROOT / "csrc" / "cuda" / "launch.h").read_text(encoding="utf-8")
+    unasked = int(re.search(r"kSharedUnasked = (\d+) \* 1024;", text)[1])
+    assert max(k.shared for k in kernels) <= (48 - unasked) * 1024
 
 
 @needs_cuobjdump

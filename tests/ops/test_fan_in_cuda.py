@@ -53,6 +53,17 @@ def test_several_chunks_of_labels_in_any_order_of_threads(group_size, dtype):
         assert torch.equal(a, b)
 
 
+# The last that fit into shared memory, one lane a label; and one more than left room for block_sum's array
+@pytest.mark.parametrize("in_features", [5696, 5752])
+def test_inputs_sums_and_arrays_share_what_a_block_has(in_features):
+    case = make_case(8, in_features, 300, 128, 1, dtype=torch.bfloat16)
+    got, wanted = (
+        ops.fan_in_loss(*case.layer, *case.positives, group_size=1, backend=backend)
+        for backend in ("cuda", "reference")
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=0)
+
+
 UPDATES = {"sgd": dict(lr=1.0, momentum=0.9, weight_decay=0.1), "adamw": dict(lr=0.1, eps=1.0)}
 
 

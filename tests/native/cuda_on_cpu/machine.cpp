@@ -257,6 +257,9 @@ class Machine {
     if (key != this) {
       static_bytes_ += bytes;
       if (static_bytes_ > kMaxStaticShared) fail("more than 48 KB of shared arrays");
+      if (static_bytes_ + size_t(launch_->shared_bytes) >
+          (architecture_ == 90 ? kMaxShared : size_t(99) << 10))
+        fail("shared arrays and dynamic shared memory are together more than a block has");
     }
     if (offset + bytes + kGap > kArena) fail("out of shared memory");
     arrays_.push_back({key, offset, bytes});
