@@ -43,8 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
 
         torch.set_num_threads(args.threads)
     out = args.out or Path(__file__).parent.parent / "results" / "methods" / args.name
-    with Session(args.name, out, fresh=args.fresh) as session:
-        found[args.name].run(args, session)
+    try:
+        with Session(args.name, out, fresh=args.fresh) as session:
+            found[args.name].run(args, session)
+    except FileNotFoundError as error:
+        of_data = error.filename is not None and Path(error.filename).is_relative_to(args.data)
+        if not of_data and "--data" not in str(error):
+            raise
+        parser.error(f"--data {args.data}: {error}" if of_data else str(error))
     return 0
 
 

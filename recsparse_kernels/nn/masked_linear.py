@@ -54,7 +54,8 @@ class MaskedLinear(PackedModule):
         if self.bias is None:
             return output
         # without gradients in place: no second [B, O] tensor. torch.func forbids it for the output of an op
-        return output + self.bias if torch.is_grad_enabled() else output.add_(self.bias)
+        bias = self.bias.to(output.dtype)  # another inside autocast
+        return output + bias if torch.is_grad_enabled() else output.add_(bias)
 
     @classmethod
     def from_dense(

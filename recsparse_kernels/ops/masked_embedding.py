@@ -589,13 +589,18 @@ def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: str
         input: ``[..., D]``, dtype of ``table.values``.
 
     Returns:
-        ``[..., V]``, differentiable with respect to ``input`` and ``table.values``.
+        ``[..., V]``, differentiable with respect to ``input`` and ``table.values``. Inside autocast any
+        floating ``input`` will do, the product is computed in the table's dtype and given in autocast's.
 
     Raises:
         ValueError, TypeError: shape, dtype.
     """
     _check_table(table)
     check_tensor("input", input)
+    device_type, given = input.device.type, None
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and input.is_floating_point():
+        if torch.float64 not in (input.dtype, table.values.dtype):  # as torch, which leaves these alone
+            given, input = torch.get_autocast_dtype(device_type), input.to(table.values.dtype)
     if input.dtype != table.values.dtype:
         raise TypeError(f"input must have the dtype of table.values, {table.values.dtype}; got {input.dtype}")
     check_device("input", input, "table.values", table.values)
@@ -603,6 +608,7 @@ def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: str
         raise ValueError(f"input must have shape [..., {table.embedding_dim}]; got {shape(input)}")
     flat = input.reshape(-1, table.embedding_dim)
     output = _MATMUL(flat.contiguous(), table.values, *table.index, *table.sizes, backend=backend)
+    output = output if given is None else output.to(given)
     return output.reshape(*input.shape[:-1], table.num_embeddings)
 
 

@@ -134,3 +134,25 @@ def test_compile():
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert layer.packed.values.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_between_other_layers_under_autocast(dtype):
+    """A linear layer before it gives autocast's dtype, one after it takes it."""
+    torch.manual_seed(0)
+    layer = MaskedLinear.from_dense(nn.Linear(32, 16), density=0.4)
+    model = nn.Sequential(nn.Linear(24, 32), layer, nn.ReLU())
+    input = torch.randn(5, 24)
+    with torch.autocast("cpu", dtype):
+        output = model(input)
+    assert output.dtype == dtype
+    output.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in model.parameters())
+    with torch.no_grad():
+        hidden = nn.functional.linear(input.to(dtype), model[0].weight.to(dtype), model[0].bias.to(dtype))
+        wanted = layer(hidden.float()).relu()
+        torch.testing.assert_close(output.float(), wanted, atol=0.02, rtol=0.02)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(model(input), output)
+    with torch.autocast("cpu", dtype):
+        assert layer.double()(torch.randn(2, 32, dtype=torch.float64)).dtype == torch.float64

@@ -103,3 +103,12 @@ def test_generated_labels(tmp_path, capsys):
     assert len(lines) == 4 and all(line["peak_bytes"] >= 0 and line["step_seconds"] > 0 for line in lines)
     assert lines[1]["formula_bytes"] == 3000 * (16 * (4 + 4 + 2) + 8)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["topology_update", "dynamic_sparse_learning"])
+def test_a_folder_that_is_not_there_gets_one_line(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: --data {tmp_path / 'none'}" in last and "no such file" in last.lower()
