@@ -37,15 +37,16 @@ CONFIGS = Configs(
         "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
         "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
         "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2),
+        "many rows, rank 128, float32": dict(BLOCK_B=32, BLOCK_I=16, BLOCK_O=16, num_warps=8, num_stages=2),
     },
 )
 
 
 def _config(B: int, R: int, like: Tensor) -> dict:
-    name = "few rows" if B < 64 * 132 else "many rows"  # 64 rows for each of 132 multiprocessors
-    if like.element_size() == 4:
-        return CONFIGS[name + ", float32"]
-    return CONFIGS[name + ", rank 128" * (name == "many rows" and R > 64)]
+    name = "few rows"
+    if B >= 64 * 132:  # 64 rows for each of 132 multiprocessors
+        name = "many rows, rank 128" if R > 64 else "many rows"
+    return CONFIGS[name + ", float32" * (like.element_size() == 4)]
 
 
 def _on_chip(B: int, I: int, R: int, O: int) -> bool:

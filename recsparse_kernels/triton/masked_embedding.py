@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Configs
-from ._launch import checked_indices, launch, launcher
+from ._launch import NO_SPILL, checked_indices, launch, launcher
 from ._precision import cast
 from .masked_embedding_cases import SAMPLES, sample_tables
 from .masked_embedding_rows import (
@@ -224,14 +224,14 @@ def _pooled(
         launch(
             _bag_max_kernel, (cdiv(bags, rows), cdiv(D, columns)),
             values, *table.tensors, indices, offsets, output, argmax if want_argmax else None, *sizes,
-            **table.tile, BLOCK_B=rows, num_warps=warps,
+            **table.tile, BLOCK_B=rows, num_warps=warps, **NO_SPILL,
         )  # fmt: skip
         return output, argmax
     block_b, block_l = bag_config(rows, indices.numel(), bags)
     launch(
         _bag_kernel, (cdiv(bags, block_b), cdiv(D, columns)),
         values, *table.tensors, indices, offsets, weights.contiguous() if weights is not None else None, output,
-        *sizes, MEAN=pooling_mode == MEAN, **table.tile, BLOCK_B=block_b, BLOCK_L=block_l, num_warps=warps,
+        *sizes, MEAN=pooling_mode == MEAN, **table.tile, BLOCK_B=block_b, BLOCK_L=block_l, num_warps=warps, **NO_SPILL,
     )  # fmt: skip
     return output, argmax
 

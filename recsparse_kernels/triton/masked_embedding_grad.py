@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import checked_indices, launch, launcher
+from ._launch import NO_SPILL, checked_indices, launch, launcher
 from .masked_embedding import EACH, MAX, MEAN, SUM, bags_of, rows_in_tile
 from .masked_embedding_cases import SAMPLES, sample_tables
 from .masked_embedding_rows import Table, bag_range, cdiv, key_dtype, locate, read_rows, table_of
@@ -179,12 +179,14 @@ class _SortedLookups:
         grid = (self.windows, 1 if whole_rows else cdiv(D, table.tile["BLOCK_D"]))
         weights = per_sample_weights.contiguous() if per_sample_weights is not None else None
         argmax = argmax.contiguous() if argmax is not None else None
+        # a program that goes through the tiles of whole rows holds more
+        warps = 2 * WINDOW_WARPS if whole_rows and table.tile["WIDE"] else WINDOW_WARPS
         launch(
             _grad_window_kernel, grid,
             grad_output.contiguous(), argmax, self.keys, self.lookup, self.bag, self.offsets, self.scale, weights,
             self.frequency, output_starts, values, *states, output, partials, *table.tensors,
             self.count, max(self.length, 1), self.padding_idx, self.num_embeddings, *table.sizes, *numbers,
-            OPTIMIZER=optimizer, **table.tile, BLOCK_W=self.block_w, num_warps=WINDOW_WARPS,
+            OPTIMIZER=optimizer, **table.tile, BLOCK_W=self.block_w, num_warps=warps, **NO_SPILL,
         )  # fmt: skip
         launch(
             _grad_spans_kernel, grid,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._configs import Configs
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 from ._precision import cast, dot
 from .masked_embedding_cases import SAMPLES, sample_tables
 from .masked_embedding_rows import cdiv, locate, read_rows, table_of
@@ -215,7 +215,7 @@ def masked_embedding_matmul_t_grad_values(
         _matmul_t_grad_values_kernel,
         (cdiv(num_embeddings, config["BLOCK_V"]), cdiv(embedding_dim, tile["BLOCK_D"])),
         grad_output.contiguous(), input.contiguous(), output, *table.tensors, input.shape[0], num_embeddings,
-        *table.sizes, **tile, **config,
+        *table.sizes, **tile, **config, **NO_SPILL,
     )  # fmt: skip
     return output
 
