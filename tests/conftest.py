@@ -3,6 +3,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the package is imported
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -14,6 +15,10 @@ from recsparse_kernels.testing import load_cuda_on_cpu  # noqa: E402
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
+# Examples follow from the test alone, so that a commit passes or fails whenever it is tested;
+# ``--hypothesis-profile default`` draws others each time.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 # Before tests are collected: their parameters ask which backends there are.
 load_cuda_on_cpu(Path(__file__).with_name("native") / "_cuda_on_cpu.so")

@@ -83,7 +83,7 @@ def test_a_name_is_done_when_the_next_is_asked_for(tmp_path):
 
 def test_a_machine_without_git_is_described(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert harness.machine()["commit"] == ""
+    assert harness.machine.__wrapped__()["commit"] == ""  # not what was found before
 
 
 @pytest.fixture

@@ -40,16 +40,26 @@ def backends(
     return out
 
 
-def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, factor: float = 2.0) -> None:
+def assert_close(
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    baseline: Tensor,
+    factor: float = 2.0,
+    terms: Tensor | None = None,
+) -> None:
     """The kernel may err at most ``factor`` times as much as the reference does in the working dtype.
 
     Args:
         actual: from the kernel.
         exact: from the reference in float64.
         baseline: from the reference in the dtype of ``actual``.
+        terms: sums of the sizes of what was added up. For a tensor of a few sums that cancel, which the
+            baseline may have rounded well by chance.
 
     The largest error over the tensor counts. To it comes one rounding of the working dtype at the
-    size of the largest exact value: the final store may round the other way.
+    size of the largest exact value: the final store may round the other way; or at that of the largest of
+    ``terms``.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
     assert actual.dtype == baseline.dtype, f"{name}: dtype {actual.dtype}, wanted {baseline.dtype}"
@@ -64,7 +74,10 @@ def assert_close(name: str, actual: Tensor, exact: Tensor, baseline: Tensor, fac
         return
     error = (actual - exact)[finite].abs().max().item()
     allowed = factor * (baseline - exact)[finite].nan_to_num(0.0, 0.0, 0.0).abs().max().item()
-    allowed += rounding * exact[finite].abs().max().item()
+    largest = exact[finite].abs().max().item()
+    if terms is not None:
+        largest = max(largest, terms.abs().max().item())
+    allowed += rounding * largest
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
