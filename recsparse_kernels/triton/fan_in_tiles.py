@@ -21,6 +21,7 @@ from ..config import get_check_indices
 from . import _launch
 from ._configs import Configs
 from ._device import device_function
+from ._launch import NO_SPILL
 from ._precision import dot
 
 GROUPED_FROM = 8  # labels of a group, from which half-empty tiles of tl.dot (16 rows) still win
@@ -36,7 +37,7 @@ CONFIGS = Configs(
         "label, 1 row": dict(BLOCK_O=256, BLOCK_B=1, BLOCK_F=16, num_warps=4, num_stages=1),
         "label, 4 rows": dict(BLOCK_O=256, BLOCK_B=4, BLOCK_F=16, num_warps=4, num_stages=1),
         "label, 16 rows": dict(BLOCK_O=128, BLOCK_B=16, BLOCK_F=16, num_warps=4, num_stages=1),
-        "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=8, num_stages=1),
+        "label, many rows": dict(BLOCK_O=64, BLOCK_B=64, BLOCK_F=16, num_warps=8, num_stages=1, **NO_SPILL),
         "group of 16, 16 rows": dict(BLOCK_O=16, BLOCK_B=16, BLOCK_F=64, num_warps=1, num_stages=3),
         "group of 16, many rows": dict(BLOCK_O=16, BLOCK_B=64, BLOCK_F=64, num_warps=4, num_stages=3),
         "group of 32, 16 rows": dict(BLOCK_O=32, BLOCK_B=16, BLOCK_F=64, num_warps=2, num_stages=3),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..reference.sparse24 import PAIRS, check_kept, padded, patterns
 from ._configs import Configs
 from ._device import device_function
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 
 CONFIGS = Configs(
     "sparse24",
@@ -351,7 +351,7 @@ def sparse24_decompress(values: Tensor, metadata: Tensor, in_features: int) -> T
     dense = values.new_empty(O, in_features)
     config = CONFIGS["pack"]
     args = (values, metadata, dense, in_features, row_bytes, O * row_bytes)
-    launch(_decompress_kernel, (triton.cdiv(O * row_bytes, config["BLOCK"]),), *args, **config)
+    launch(_decompress_kernel, (triton.cdiv(O * row_bytes, config["BLOCK"]),), *args, **config, **NO_SPILL)
     return dense
 
 
