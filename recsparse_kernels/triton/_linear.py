@@ -14,7 +14,7 @@ from torch import Tensor
 from ._activation import activate, slope, slope_of_output
 from ._configs import Configs
 from ._device import device_function
-from ._launch import launch
+from ._launch import NO_SPILL, launch
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 
@@ -312,6 +312,7 @@ def weight_grad(
         ACTIVATION=activation,
         BLOCK_R=block_r,
         **config,
+        **NO_SPILL,
     )
     if parts > 1:
         sum_partials(out_parts, out)

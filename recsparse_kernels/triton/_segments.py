@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import launch
+from ._launch import NO_SPILL, launch
 from ._precision import cast
 
 CHUNK = 32
@@ -170,6 +170,7 @@ def sum_runs(
         CHUNK=CHUNK,
         BLOCK_R=block_r,
         **config,
+        **NO_SPILL,
     )
     if chunks > 1:
         args = (runs.keys, rank, parts, out, N, R, runs.limit)

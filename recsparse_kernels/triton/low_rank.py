@@ -37,7 +37,9 @@ CONFIGS = Configs(
         "many rows, rank 128": dict(BLOCK_B=64, BLOCK_I=64, BLOCK_O=64, num_warps=8, num_stages=2),
         "few rows, float32": dict(BLOCK_B=16, BLOCK_I=32, BLOCK_O=32, num_warps=4, num_stages=2),
         "many rows, float32": dict(BLOCK_B=32, BLOCK_I=32, BLOCK_O=32, num_warps=8, num_stages=2, **NO_SPILL),
-        "many rows, rank 128, float32": dict(BLOCK_B=32, BLOCK_I=16, BLOCK_O=16, num_warps=8, num_stages=2),
+        "many rows, rank 128, float32": dict(
+            BLOCK_B=32, BLOCK_I=16, BLOCK_O=16, num_warps=8, num_stages=2, **NO_SPILL
+        ),
     },
 )
 

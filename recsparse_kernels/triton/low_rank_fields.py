@@ -20,7 +20,7 @@ from torch import Tensor
 from ..config import get_check_indices
 from ._configs import Configs
 from ._device import device_function
-from ._launch import launch, launcher
+from ._launch import NO_SPILL, launch, launcher
 from ._partials import empty_parts, split_rows, sum_partials
 from ._precision import cast, dot
 
@@ -30,7 +30,7 @@ CONFIGS = Configs(
         "forward": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
         "total": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
         "rows": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
-        "projections": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2),
+        "projections": dict(BLOCK_B=32, BLOCK_D=64, num_warps=4, num_stages=2, **NO_SPILL),
         "forward, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
         "total, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
         "rows, float32": dict(BLOCK_B=16, BLOCK_D=32, num_warps=4, num_stages=2),
