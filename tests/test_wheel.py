@@ -115,10 +115,26 @@ def test_wheel_runs_where_it_is_unpacked(wheel, tmp_path):
     assert str(tmp_path) in run.stdout
 
 
-def test_import_without_the_library(tmp_path):
-    shutil.copytree(
-        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
+def copy_without_libraries(folder):
+    ignore = shutil.ignore_patterns("*.so")
+    shutil.copytree(Path(rk.__file__).parent, folder / "recsparse_kernels", ignore=ignore)
+
+
+def printed_there(folder, code):
+    """By a new process that imports the copy."""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ".", "TRITON_INTERPRET": "0"},
     )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_without_the_library(tmp_path):
+    copy_without_libraries(tmp_path)
     code = (
         "import recsparse_kernels as rk, torch\n"
         "from recsparse_kernels.ops._backend import OPS\n"
@@ -126,15 +142,8 @@ def test_import_without_the_library(tmp_path):
         "assert all(op.backends() == ('reference',) for op in OPS.values())\n"
         "print(rk.show_config())"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ".", "TRITON_INTERPRET": "0"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "missing" in run.stdout and "not built" in run.stdout and "reference only" in run.stdout
+    printed = printed_there(tmp_path, code)
+    assert "missing" in printed and "not built" in printed and "reference only" in printed
 
 
 @pytest.mark.parametrize(
@@ -148,9 +157,7 @@ def test_import_without_the_library(tmp_path):
 )
 def test_a_library_of_other_sources_or_another_machine_is_passed_over(tmp_path, library, said, warned):
     """A stand-in for the library: ``cpu_levels`` returns 0 (no level runs here), or 1 with an op that differs."""
-    shutil.copytree(
-        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
-    )
+    copy_without_libraries(tmp_path)
     (tmp_path / "recsparse_kernels" / "_native_cpu.so").write_bytes(b"stand-in")
     code = f"""
 import torch, warnings
@@ -173,29 +180,12 @@ assert all(op.backends() == ("reference",) for op in OPS.values())
 rk.nn.Sparse24Linear(32, 8)(torch.ones(2, 32))
 print(rk.show_config(), *(w.message for w in caught))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": ".", "TRITON_INTERPRET": "0"},
-    )
-    assert run.returncode == 0, run.stderr
-    assert said in run.stdout and warned in run.stdout
+    printed = printed_there(tmp_path, code)
+    assert said in printed and warned in printed
 
 
 def test_a_library_that_does_not_load_is_reported(tmp_path):
-    shutil.copytree(
-        Path(rk.__file__).parent, tmp_path / "recsparse_kernels", ignore=shutil.ignore_patterns("*.so")
-    )
+    copy_without_libraries(tmp_path)
     (tmp_path / "recsparse_kernels" / "_native_cpu.so").write_bytes(b"not a library")
     code = "import recsparse_kernels as rk; print(rk.show_config())"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": "."},
-    )
-    assert run.returncode == 0, run.stderr
-    assert "does not load" in run.stdout
+    assert "does not load" in printed_there(tmp_path, code)

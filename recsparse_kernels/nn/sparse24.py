@@ -201,8 +201,8 @@ class Sparse24LinearSTE(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
         activation: fused activation.
-        transposable: masks of 4 x 4 tiles with two in every row and column, so that the gradient to the
-            input is a 2:4 product as well.
+        transposable: masks of 4 x 4 tiles with two in every row and column: where sparse tensor cores
+            multiply, the gradient to the input is a 2:4 product as well.
         decay: fade what the mask drops (sparse-refined straight-through estimator).
         refresh: "forward" chooses the mask anew in every forward of training, "manual" when `update_mask`
             is called; Hu et al. ("Accelerating transformer pre-training with 2:4 sparsity", ICML 2024)
