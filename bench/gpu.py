@@ -311,7 +311,8 @@ def bench_sparse24_prune(report: Lines, O: int = 4096, I: int = 4096) -> None:
 
 @torch.no_grad()
 def bench_sparse24_grad_input(report: Lines, B: int = 4096, I: int = 4096, O: int = 4096) -> None:
-    """The gradient to the input from the pack of W, and as a 2:4 product with the pack of W'."""
+    """The gradient to the input from the pack of W, and as a 2:4 product with the pack of W', made meanwhile
+    from that of W ("transposed"), or before."""
     weight = torch.randn(O, I, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(B, O, device="cuda", dtype=torch.bfloat16)
     values, metadata, values_t, metadata_t = rk.ops.sparse24_prune_both(weight)
@@ -322,9 +323,14 @@ def bench_sparse24_grad_input(report: Lines, B: int = 4096, I: int = 4096, O: in
     def both_packs(backend):
         return rk.ops.sparse24_linear(grad, values_t, metadata_t, backend=backend)
 
+    def transposed(backend):
+        packed = rk.ops.sparse24_transpose(values, metadata, I, backend=backend)
+        return rk.ops.sparse24_linear(grad, *packed, backend=backend)
+
     candidates = {"matmul": lambda: grad @ weight, **ours("sparse24_linear_grad_input", grad.dtype, one_pack)}
-    both = ours("sparse24_linear", grad.dtype, both_packs)
-    candidates |= {f"{backend} both packs": run for backend, run in both.items()}
+    for name, call in (("both packs", both_packs), ("transposed", transposed)):
+        own = ours("sparse24_linear", grad.dtype, call)
+        candidates |= {f"{backend} {name}": run for backend, run in own.items()}
     compare(report, "sparse24_grad_input", f"B={B} I={I} O={O} bf16", candidates, "matmul")
 
 

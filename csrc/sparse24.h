@@ -35,6 +35,11 @@ inline void check_sparse24_packed(const Tensor& values, const Tensor& metadata,
                  shape_text(values));
 }
 
+inline void check_sparse24_pack(const Tensor& values, const Tensor& metadata, int64_t in_features) {
+  RS_CHECK_VALUE(in_features >= 0, "in_features must not be negative; got ", in_features);
+  check_sparse24_packed(values, metadata, in_features);
+}
+
 inline void check_sparse24_mask(const Tensor& weight, const Tensor& mask) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
   check_dim(mask, 2, "mask", "[O, I], two-dimensional");
@@ -83,8 +88,7 @@ inline Sparse24Sizes check_sparse24_linear(const Tensor& input, const Tensor& va
 inline Sparse24Sizes check_sparse24_grad_input(const Tensor& grad_sum, const Tensor& values,
                                                const Tensor& metadata, int64_t in_features) {
   check_dim(grad_sum, 2, "grad_sum", "[B, O], two-dimensional");
-  RS_CHECK_VALUE(in_features >= 0, "in_features must not be negative; got ", in_features);
-  check_sparse24_packed(values, metadata, in_features);
+  check_sparse24_pack(values, metadata, in_features);
   check_same_dtype(values, "values", grad_sum, "grad_sum");
   RS_CHECK_VALUE(grad_sum.size(1) == values.size(0), "grad_sum must have ", values.size(0),
                  " columns, one for each row of values; got shape ", shape_text(grad_sum));

@@ -191,7 +191,7 @@ void linear_panels(const Sparse24Sizes& size, const Tensor& x, const Tensor& val
 std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& values,
                                            const Tensor& metadata,
                                            const std::optional<Tensor>& bias, int64_t activation,
-                                           bool keep_sum) {
+                                           bool keep_sum, bool /*transposable*/) {
   const Sparse24Sizes size = check_sparse24_linear(input, values, metadata, bias, activation);
   const Tensor x = with_unit_columns(input);
   const Tensor v = torch::stable::contiguous(values), m = torch::stable::contiguous(metadata);
@@ -216,7 +216,7 @@ std::tuple<Tensor, Tensor> sparse24_linear_ste(
     const std::optional<Tensor>& /*values_t*/, const std::optional<Tensor>& /*metadata_t*/,
     const std::optional<Tensor>& bias, int64_t activation, bool keep_sum, double /*decay*/) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
-  return sparse24_linear(input, values, metadata, bias, activation, keep_sum);
+  return sparse24_linear(input, values, metadata, bias, activation, keep_sum, false);
 }
 
 // The transposed weights of a block of outputs, as lists (sparse24_kernels.h), for all blocks.
@@ -463,6 +463,35 @@ std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposabl
   return sparse24_compress(weight, sparse24_mask(weight, transposable));
 }
 
+// body(r, c, rows, columns) for blocks of at most kPackBlock x kPackBlock from (r, c) on.
+template <class Body>
+void for_pack_blocks(int64_t rows, int64_t columns, const Body& body) {
+  const int64_t down = ceil_div(rows, kPackBlock), across = ceil_div(columns, kPackBlock);
+  const double work = kMulAddsPerColumn * 2 * double(kPackBlock * kPackBlock);
+  parallel_for(down * across, grain(work), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t r = block / across * kPackBlock, c = block % across * kPackBlock;
+      body(r, c, std::min<int64_t>(kPackBlock, rows - r),
+           std::min<int64_t>(kPackBlock, columns - c));
+    }
+  });
+}
+
+struct Packed {
+  Tensor values, metadata;
+  template <class T>
+  Sparse24Pack<T> from(int64_t row, int64_t column) const {
+    const int64_t row_bytes = metadata.size(1);
+    return {mutable_data<T>(values) + 4 * row * row_bytes + column / 2,
+            mutable_data<uint8_t>(metadata) + row * row_bytes + column / 8, row_bytes};
+  }
+};
+Packed empty_packed(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t row_bytes = sparse24_padded(columns) / 8;
+  return {torch::stable::new_empty(like, {rows, 4 * row_bytes}),
+          torch::stable::new_empty(like, {rows, row_bytes}, ScalarType::Byte)};
+}
+
 // Packs of W and of W' in one pass; without a mask, of the best transposable one.
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_both(const Tensor& weight,
                                                      const std::optional<Tensor>& mask) {
@@ -470,32 +499,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_both(const Tensor& weight,
   const Tensor w = with_unit_columns(weight);
   const std::optional<Tensor> kept =
       mask ? std::optional<Tensor>(with_unit_columns(*mask)) : std::nullopt;
-  const int64_t row_bytes = sparse24_padded(columns) / 8, column_bytes = sparse24_padded(rows) / 8;
-  Tensor values = torch::stable::new_empty(weight, {rows, 4 * row_bytes});
-  Tensor metadata = torch::stable::new_empty(weight, {rows, row_bytes}, ScalarType::Byte);
-  Tensor values_t = torch::stable::new_empty(weight, {columns, 4 * column_bytes});
-  Tensor metadata_t = torch::stable::new_empty(weight, {columns, column_bytes}, ScalarType::Byte);
+  const Packed packed = empty_packed(weight, rows, columns);
+  const Packed transposed = empty_packed(weight, columns, rows);
   std::atomic<bool> fits = true;
   with_float_type(weight.scalar_type(), "weight", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const int64_t down = ceil_div(rows, kPackBlock), across = ceil_div(columns, kPackBlock);
-    const double work = kMulAddsPerColumn * 2 * double(kPackBlock * kPackBlock);
-    parallel_for(down * across, grain(work), [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t r = block / across * kPackBlock, c = block % across * kPackBlock;
-        const Sparse24Pack<T> pack = {mutable_data<T>(values) + 4 * r * row_bytes + c / 2,
-                                      mutable_data<uint8_t>(metadata) + r * row_bytes + c / 8,
-                                      row_bytes};
-        const Sparse24Pack<T> pack_t = {
-            mutable_data<T>(values_t) + 4 * c * column_bytes + r / 2,
-            mutable_data<uint8_t>(metadata_t) + c * column_bytes + r / 8, column_bytes};
-        if (!sparse24_pack_kernels<T>().compress_block(
-                data<T>(w) + r * w.stride(0) + c, w.stride(0),
-                kept ? data<bool>(*kept) + r * kept->stride(0) + c : nullptr,
-                kept ? kept->stride(0) : 0, std::min<int64_t>(kPackBlock, rows - r),
-                std::min<int64_t>(kPackBlock, columns - c), pack, pack_t))
-          fits = false;
-      }
+    for_pack_blocks(rows, columns, [&](int64_t r, int64_t c, int64_t down, int64_t across) {
+      if (!sparse24_pack_kernels<T>().compress_block(
+              data<T>(w) + r * w.stride(0) + c, w.stride(0),
+              kept ? data<bool>(*kept) + r * kept->stride(0) + c : nullptr,
+              kept ? kept->stride(0) : 0, down, across, packed.from<T>(r, c),
+              transposed.from<T>(c, r)))
+        fits = false;
     });
   });
   if (!fits) {
@@ -503,7 +518,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_both(const Tensor& weight,
     check_sparse24_kept(bits, rows, kept->stride(0), columns, 1);
     check_sparse24_kept(bits, columns, 1, rows, kept->stride(0), "column", "rows");
   }
-  return {values, metadata, values_t, metadata_t};
+  return {packed.values, packed.metadata, transposed.values, transposed.metadata};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_compress_both(const Tensor& weight,
@@ -515,6 +530,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_compress_both(const Tensor& 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_prune_both(const Tensor& weight) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
   return pack_both(weight, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> sparse24_transpose(const Tensor& values, const Tensor& metadata,
+                                              int64_t in_features) {
+  check_sparse24_pack(values, metadata, in_features);
+  const Packed packed = {torch::stable::contiguous(values), torch::stable::contiguous(metadata)};
+  const Packed transposed = empty_packed(values, in_features, values.size(0));
+  with_float_type(values.scalar_type(), "values", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for_pack_blocks(values.size(0), in_features,
+                    [&](int64_t r, int64_t c, int64_t down, int64_t across) {
+                      const int64_t row_bytes = metadata.size(1);
+                      sparse24_pack_kernels<T>().transpose_block(
+                          data<T>(packed.values) + 4 * r * row_bytes + c / 2,
+                          data<uint8_t>(packed.metadata) + r * row_bytes + c / 8, row_bytes, down,
+                          across, transposed.from<T>(c, r));
+                    });
+  });
+  return {transposed.values, transposed.metadata};
 }
 
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
@@ -538,8 +572,7 @@ Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
 }
 
 Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata, int64_t in_features) {
-  RS_CHECK_VALUE(in_features >= 0, "in_features must not be negative; got ", in_features);
-  check_sparse24_packed(values, metadata, in_features);
+  check_sparse24_pack(values, metadata, in_features);
   const Tensor v = torch::stable::contiguous(values), m = torch::stable::contiguous(metadata);
   const int64_t rows = v.size(0), bytes = m.size(1);
   Tensor dense = torch::stable::new_empty(values, {rows, in_features});
@@ -564,6 +597,7 @@ STABLE_TORCH_LIBRARY_IMPL(recsparse, CPU, m) {
   m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
   m.impl("sparse24_compress_both", TORCH_BOX(&sparse24_compress_both));
   m.impl("sparse24_prune_both", TORCH_BOX(&sparse24_prune_both));
+  m.impl("sparse24_transpose", TORCH_BOX(&sparse24_transpose));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
   m.impl("sparse24_linear", TORCH_BOX(&sparse24_linear));

@@ -82,6 +82,10 @@ struct Sparse24PackKernels {
   bool (*compress_block)(const T* weight, int64_t stride, const bool* mask, int64_t mask_stride,
                          int64_t rows, int64_t columns, const Sparse24Pack<T>& pack,
                          const Sparse24Pack<T>& pack_t);
+  // as rows of pack_t the columns of at most kPackBlock x kPackBlock of a pack; of more than 2 in
+  // a group the first two
+  void (*transpose_block)(const T* values, const uint8_t* positions, int64_t row_bytes,
+                          int64_t rows, int64_t columns, const Sparse24Pack<T>& pack_t);
   void (*gather_row)(const T* dense, const uint8_t* positions, int64_t columns, T* values);
   void (*decompress_row)(const T* values, const uint8_t* positions, int64_t columns, T* dense);
 };

@@ -107,7 +107,7 @@ void mask_tiles(const T* weight, int64_t stride, int64_t rows, int64_t columns, 
   }
 }
 
-// For each set of kept columns (bit c: column c), the two positions: what is kept, then the lowest
+// For each set of kept columns (bit c: column c), the two positions: what is kept, then the highest
 // others, in increasing order. Sets of more than two are refused before.
 struct Encoding {
   uint8_t positions[16];  // first | second << 2
@@ -118,7 +118,7 @@ constexpr Encoding encode_sets() {
     int kept = set;
     const int count = (set & 1) + (set >> 1 & 1) + (set >> 2 & 1) + (set >> 3 & 1);
     int missing = 2 - count;
-    for (int c = 0; c < 4 && missing > 0; ++c)
+    for (int c = 3; c >= 0 && missing > 0; --c)
       if (!(kept >> c & 1)) {
         kept |= 1 << c;
         --missing;
@@ -172,6 +172,20 @@ RS_INLINE void prefetch_packed(const Sparse24Pack<T>& pack, int64_t line, int64_
   prefetch_piece<1>(pack.positions + line * pack.row_bytes, 1);
 }
 
+// Packs the first `rows` elements of `columns` lines, kPackBlock apart.
+template <class T>
+bool compress_columns(const T* weight_t, const bool* kept_t, int64_t rows, int64_t columns,
+                      const Sparse24Pack<T>& pack_t) {
+  bool fits = true;
+  for (int64_t c = 0; c < columns; ++c) {
+    if (c + kLinesAhead < columns) prefetch_packed(pack_t, c + kLinesAhead, rows);
+    fits &= compress_row(weight_t + c * kPackBlock, kept_t + c * kPackBlock, rows,
+                         pack_t.values + 4 * c * pack_t.row_bytes,
+                         pack_t.positions + c * pack_t.row_bytes);
+  }
+  return fits;
+}
+
 template <class T>
 bool compress_block(const T* weight, int64_t stride, const bool* mask, int64_t mask_stride,
                     int64_t rows, int64_t columns, const Sparse24Pack<T>& pack,
@@ -202,13 +216,31 @@ bool compress_block(const T* weight, int64_t stride, const bool* mask, int64_t m
       kept_t[c * kPackBlock + r] = kept[c];
     }
   }
-  for (int64_t c = 0; c < columns; ++c) {
-    if (c + kLinesAhead < columns) prefetch_packed(pack_t, c + kLinesAhead, rows);
-    fits &= compress_row(weight_t + c * kPackBlock, kept_t + c * kPackBlock, rows,
-                         pack_t.values + 4 * c * pack_t.row_bytes,
-                         pack_t.positions + c * pack_t.row_bytes);
+  return compress_columns(weight_t, kept_t, rows, columns, pack_t) && fits;
+}
+
+template <class T>
+void transpose_block(const T* values, const uint8_t* positions, int64_t row_bytes, int64_t rows,
+                     int64_t columns, const Sparse24Pack<T>& pack_t) {
+  bool kept_t[kPackBlock * kPackBlock] = {};
+  T weight_t[kPackBlock * kPackBlock];  // only what is kept is written and read
+  uint8_t in_group[kPackBlock];         // how many of four rows a column keeps
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r % kGroup == 0) std::memset(in_group, 0, sizeof in_group);
+    const T* row = values + 4 * r * row_bytes;
+    const uint8_t* bytes = positions + r * row_bytes;
+    for (int64_t k = 0; k / 2 * kGroup < columns; ++k) {
+      const int64_t c = k / 2 * kGroup + (bytes[k / 4] >> k % 4 * 2 & 3);
+      if (c >= columns) continue;
+      bool& kept = kept_t[c * kPackBlock + r];
+      if (!kept && in_group[c] < 2) {
+        kept = true;
+        ++in_group[c];
+      }
+      weight_t[c * kPackBlock + r] = row[k];
+    }
   }
-  return fits;
+  compress_columns(weight_t, kept_t, rows, columns, pack_t);
 }
 
 template <class T>
@@ -261,9 +293,9 @@ void decompress_row(const T* values, const uint8_t* positions, int64_t columns, 
 
 template <class T>
 const Sparse24PackKernels<T>& sparse24_pack_kernels() {
-  static constexpr Sparse24PackKernels<T> table = {&mask_rows<T>,    &mask_tiles<T>,
-                                                   &compress_row<T>, &compress_block<T>,
-                                                   &gather_row<T>,   &decompress_row<T>};
+  static constexpr Sparse24PackKernels<T> table = {
+      &mask_rows<T>,       &mask_tiles<T>, &compress_row<T>,  &compress_block<T>,
+      &transpose_block<T>, &gather_row<T>, &decompress_row<T>};
   return table;
 }
 RS_INSTANTIATE_KERNEL_TABLE(Sparse24PackKernels, sparse24_pack_kernels)

@@ -105,7 +105,8 @@ void run_linear(const LinearCall<T>& call) {
 
 std::tuple<Tensor, Tensor> sparse24_linear(const Tensor& input, const Tensor& values,
                                            const Tensor& metadata, const MaybeTensor& bias,
-                                           int64_t activation, bool keep_sum) {
+                                           int64_t activation, bool keep_sum,
+                                           bool /*transposable*/) {
   const Sparse24Sizes size = check_sparse24_linear(input, values, metadata, bias, activation);
   const Stream stream(input);
   return with_float_type(input.scalar_type(), "input", [&](auto tag) {
@@ -144,7 +145,7 @@ std::tuple<Tensor, Tensor> sparse24_linear_ste(const Tensor& input, const Tensor
                                                const MaybeTensor& bias, int64_t activation,
                                                bool keep_sum, double /*decay*/) {
   check_dim(weight, 2, "weight", "[O, I], two-dimensional");
-  return sparse24_linear(input, values, metadata, bias, activation, keep_sum);
+  return sparse24_linear(input, values, metadata, bias, activation, keep_sum, false);
 }
 
 // Whether Hopper's own kernels run where they can; gives back what was set before.

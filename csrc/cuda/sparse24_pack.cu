@@ -28,17 +28,21 @@ PackedLines<T> columns_of(const PackSizes& size, T* values = nullptr, uint8_t* m
   return {values, metadata, size.columns, sparse24_padded(size.rows) / 8};
 }
 
+Extent tile_blocks(const PackSizes& size) {
+  return {ceil_div(size.rows, kBlockRows) * ceil_div(size.columns, kBlockColumns)};
+}
+
 // mask: const bool*, to be packed; or bool*, where the chosen one goes, null where it is not
 // wanted.
 template <class T, class Mask>
-void launch_tiles(const Stream& stream, const T* weight, Mask mask, const PackedLines<T>& rows,
-                  const PackedLines<T>& columns) {
+void launch_tiles(const Stream& stream, const T* weight, Mask mask, const PackSizes& size,
+                  const PackedLines<T>& rows, const PackedLines<T>& columns) {
   const auto fours = [&](const void* at, int64_t bytes) {
-    return is_aligned(at, 4 * bytes) && columns.lines % 4 == 0;
+    return is_aligned(at, 4 * bytes) && size.columns % 4 == 0;
   };
   launch(stream, "sparse24_tiles", tiles_kernel<T, std::is_same_v<Mask, const bool*>>,
-         {ceil_div(rows.lines, kBlockRows) * ceil_div(columns.lines, kBlockColumns)},
-         {kTileThreads}, 0, weight, mask, rows, columns, fours(weight, sizeof(T)), fours(mask, 1));
+         tile_blocks(size), {kTileThreads}, 0, weight, mask, rows, columns,
+         fours(weight, sizeof(T)), fours(mask, 1));
 }
 
 Tensor sparse24_mask(const Tensor& weight, bool transposable) {
@@ -52,7 +56,7 @@ Tensor sparse24_mask(const Tensor& weight, bool transposable) {
     const T* from = data<T>(stream, w);
     bool* to = mutable_data<bool>(stream, mask);
     if (transposable) {
-      launch_tiles(stream, from, to, rows_of<T>(size), columns_of<T>(size));
+      launch_tiles(stream, from, to, size, rows_of<T>(size), columns_of<T>(size));
     } else {
       launch(stream, "sparse24_mask", mask_kernel<T>,
              {pack_blocks(size.rows * ceil_div(size.columns, 8))}, {kPackThreads}, 0, from, to,
@@ -114,7 +118,7 @@ std::tuple<Tensor, Tensor> sparse24_prune(const Tensor& weight, bool transposabl
     T* values = mutable_data<T>(stream, packed.values);
     auto* metadata = mutable_data<uint8_t>(stream, packed.metadata);
     if (transposable) {
-      launch_tiles<T, bool*>(stream, from, nullptr, rows_of(size, values, metadata),
+      launch_tiles<T, bool*>(stream, from, nullptr, size, rows_of(size, values, metadata),
                              columns_of<T>(size));
     } else {
       launch(stream, "sparse24_prune", prune_kernel<T>, {pack_blocks(size.rows * size.row_bytes)},
@@ -137,7 +141,7 @@ BothPacked pack_both(const Stream& stream, const Tensor& weight, Mask mask) {
   const PackSizes size = sizes_of(weight);
   const PackSizes transposed = {size.columns, size.rows, sparse24_padded(size.rows) / 8};
   const BothPacked packed = {empty_packed(weight, size), empty_packed(weight, transposed)};
-  launch_tiles(stream, data<T>(stream, weight), mask,
+  launch_tiles(stream, data<T>(stream, weight), mask, size,
                rows_of(size, mutable_data<T>(stream, packed.rows.values),
                        mutable_data<uint8_t>(stream, packed.rows.metadata)),
                columns_of(size, mutable_data<T>(stream, packed.columns.values),
@@ -167,6 +171,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sparse24_prune_both(const Tensor& wei
   });
 }
 
+std::tuple<Tensor, Tensor> sparse24_transpose(const Tensor& values, const Tensor& metadata,
+                                              int64_t in_features) {
+  check_sparse24_pack(values, metadata, in_features);
+  const Stream stream(values);
+  return with_float_type(values.scalar_type(), "values", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const Tensor v = torch::stable::contiguous(values), m = torch::stable::contiguous(metadata);
+    const PackSizes size = {values.size(0), in_features, metadata.size(1)};
+    const Packed packed =
+        empty_packed(values, {size.columns, size.rows, sparse24_padded(size.rows) / 8});
+    const T* from = data<T>(stream, v);
+    launch(stream, "sparse24_transpose", transpose_pack_kernel<T>, tile_blocks(size),
+           {kTileThreads}, 0, from, data<uint8_t>(stream, m), size,
+           columns_of(size, mutable_data<T>(stream, packed.values),
+                      mutable_data<uint8_t>(stream, packed.metadata)),
+           is_aligned(from, 2 * int64_t(sizeof(T))));
+    return std::tuple<Tensor, Tensor>(packed.values, packed.metadata);
+  });
+}
+
 Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
   check_dim(dense, 2, "dense", "[O, I], two-dimensional");
   check_sparse24_metadata(metadata, dense.size(1));
@@ -187,8 +211,7 @@ Tensor sparse24_gather(const Tensor& dense, const Tensor& metadata) {
 }
 
 Tensor sparse24_decompress(const Tensor& values, const Tensor& metadata, int64_t in_features) {
-  RS_CHECK_VALUE(in_features >= 0, "in_features must not be negative; got ", in_features);
-  check_sparse24_packed(values, metadata, in_features);
+  check_sparse24_pack(values, metadata, in_features);
   const Stream stream(values);
   return with_float_type(values.scalar_type(), "values", [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -213,6 +236,7 @@ RS_CUDA_OPS(m) {
   m.impl("sparse24_prune", TORCH_BOX(&sparse24_prune));
   m.impl("sparse24_compress_both", TORCH_BOX(&sparse24_compress_both));
   m.impl("sparse24_prune_both", TORCH_BOX(&sparse24_prune_both));
+  m.impl("sparse24_transpose", TORCH_BOX(&sparse24_transpose));
   m.impl("sparse24_gather", TORCH_BOX(&sparse24_gather));
   m.impl("sparse24_decompress", TORCH_BOX(&sparse24_decompress));
 }

@@ -88,14 +88,14 @@ __device__ __forceinline__ uint32_t largest_two(float a, float b, float c, float
          uint32_t(2 - ca - cb + dc < 2) << 2 | uint32_t(3 - da - db - dc < 2) << 3;
 }
 
-// For each set the two places, first | second << 2: what is kept, then the lowest others,
+// For each set the two places, first | second << 2: what is kept, then the highest others,
 // ascending.
 constexpr uint64_t places_of_sets() {
   uint64_t out = 0;
   for (uint32_t set = 0; set < 16; ++set) {
     uint32_t kept = set;
     int count = int(set & 1) + int(set >> 1 & 1) + int(set >> 2 & 1) + int(set >> 3 & 1);
-    for (int c = 0; c < 4 && count < 2; ++c)
+    for (int c = 3; c >= 0 && count < 2; --c)
       if (!(kept >> c & 1)) {
         kept |= 1u << c;
         ++count;
@@ -351,16 +351,39 @@ __device__ __forceinline__ void load_four(T (&to)[4], const T* from, int valid, 
   }
 }
 
+// Where the tile of this thread begins.
+struct PackTile {
+  int64_t row, column;
+};
+__device__ __forceinline__ PackTile pack_tile(int64_t columns) {
+  const auto [block_row, block_column] = byte_at(blockIdx.x, ceil_div(columns, kBlockColumns));
+  return {block_row * kBlockRows + int(threadIdx.x) / kTilesAcross * 4,
+          block_column * kBlockColumns + int(threadIdx.x) % kTilesAcross * 4};
+}
+
+// Transposes a tile and its kept elements, whose new places are given back.
+template <class T>
+__device__ __forceinline__ uint32_t transpose_tile(T (&to)[4][4], const T (&tile)[4][4],
+                                                   uint32_t bits) {
+  uint32_t bits_t = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      to[c][r] = tile[r][c];
+      bits_t |= (bits >> (4 * r + c) & 1) << (4 * c + r);
+    }
+  }
+  return bits_t;
+}
+
 // kGiven: packs what `mask` keeps; otherwise chooses the best pattern, and writes it to `mask`
 // unless that is null. rows: pack of the weight; columns: of its transpose.
 template <class T, bool kGiven>
 __global__ void __launch_bounds__(kTileThreads)
     tiles_kernel(const T* weight, std::conditional_t<kGiven, const bool*, bool*> mask,
                  PackedLines<T> rows, PackedLines<T> columns, bool aligned, bool mask_aligned) {
-  const int64_t blocks_across = ceil_div(columns.lines, kBlockColumns);
-  const auto [block_row, block_column] = byte_at(blockIdx.x, blocks_across);
-  const int64_t row = block_row * kBlockRows + int(threadIdx.x) / kTilesAcross * 4;
-  const int64_t column = block_column * kBlockColumns + int(threadIdx.x) % kTilesAcross * 4;
+  const auto [row, column] = pack_tile(columns.lines);
   T tile[4][4];
   uint32_t inside = 0, bits = 0;
 #pragma unroll
@@ -378,15 +401,7 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   if constexpr (!kGiven) bits = best_pattern(tile) & inside;
   T tile_t[4][4];
-  uint32_t bits_t = 0;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      tile_t[c][r] = tile[r][c];
-      bits_t |= (bits >> (4 * r + c) & 1) << (4 * c + r);
-    }
-  }
+  const uint32_t bits_t = transpose_tile(tile_t, tile, bits);
   if constexpr (kGiven) {
 #pragma unroll
     for (int i = 0; i < 16; i += 4)
@@ -411,6 +426,49 @@ __global__ void __launch_bounds__(kTileThreads)
   }
   if (rows.values) store_lines(tile, bits, rows, row, column / 4, 1);
   if (columns.values) store_lines(tile_t, bits_t, columns, column, row / 4, kTilesAcross);
+}
+
+// Four columns of the dense row: of two values at one place (which no mask gives) the second.
+template <class T>
+__device__ __forceinline__ void expand_four(T* columns, const T* kept, uint32_t pair) {
+#pragma unroll
+  for (uint32_t place = 0; place < 4; ++place)
+    columns[place] = pair >> 2 == place ? kept[1] : (pair & 3) == place ? kept[0] : T{};
+}
+
+// The pack of the transpose (`columns`) from the pack of the weight. Of more than two stored in
+// four rows of a column the first two stay: `places` finds no more.
+template <class T>
+__global__ void __launch_bounds__(kTileThreads)
+    transpose_pack_kernel(const T* values, const uint8_t* metadata, PackSizes size,
+                          PackedLines<T> columns, bool aligned) {
+  const auto [row, column] = pack_tile(size.columns);
+  const int valid = valid_of_four(size.columns - column);
+  T tile[4][4], tile_t[4][4];
+  uint32_t bits = 0;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    T kept[2] = {};
+    uint32_t pair = 0;
+    if (row + r < size.rows && valid > 0) {
+      const int64_t byte = (row + r) * size.row_bytes + column / 8;
+      const int64_t at = 4 * byte + column % 8 / 2;
+      pair = metadata[byte] >> (column % 8) & 15;
+      if (aligned) {
+        const auto two = load_pack<T, 2>(values + at);
+        kept[0] = two.at[0];
+        kept[1] = two.at[1];
+      } else {
+        kept[0] = values[at];
+        kept[1] = values[at + 1];
+      }
+      const uint32_t stored = 1u << (pair & 3) | 1u << (pair >> 2);
+      bits |= (stored & uint32_t(low_bits(valid))) << (4 * r);
+    }
+    expand_four(tile[r], kept, pair);
+  }
+  const uint32_t bits_t = transpose_tile(tile_t, tile, bits);
+  store_lines(tile_t, bits_t, columns, column, row / 4, kTilesAcross);
 }
 
 // ---- compress, gather, decompress ----
@@ -448,16 +506,10 @@ __global__ void gather_kernel(const T* dense, const uint8_t* metadata, T* values
   store_pack(values + 4 * index, kept);
 }
 
-// Eight columns of the dense row: of two values at one place (which no mask gives) the second.
 template <class T>
 __device__ __forceinline__ void expand_eight(T (&columns)[8], const T (&kept)[4], uint32_t code) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int q = i / 4;
-    const uint32_t first = code >> (4 * q) & 3, second = code >> (4 * q + 2) & 3;
-    const uint32_t place = uint32_t(i % 4);
-    columns[i] = second == place ? kept[2 * q + 1] : first == place ? kept[2 * q] : T{};
-  }
+  expand_four(columns, kept, code & 15);
+  expand_four(columns + 4, kept + 2, code >> 4 & 15);
 }
 
 template <class T>

@@ -36,9 +36,11 @@ from .sparse24 import (
     sparse24_decompress,
     sparse24_from_torch,
     sparse24_gather,
+    sparse24_is_transposable,
     sparse24_linear,
     sparse24_linear_ste,
     sparse24_mask,
     sparse24_prune,
     sparse24_prune_both,
+    sparse24_transpose,
 )

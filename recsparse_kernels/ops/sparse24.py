@@ -5,7 +5,9 @@ of four columns, and 2 bits of metadata for each value.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..reference import sparse24 as reference
 from ..reference.sparse24 import padded
@@ -19,11 +21,13 @@ __all__ = [
     "sparse24_decompress",
     "sparse24_from_torch",
     "sparse24_gather",
+    "sparse24_is_transposable",
     "sparse24_linear",
     "sparse24_linear_ste",
     "sparse24_mask",
     "sparse24_prune",
     "sparse24_prune_both",
+    "sparse24_transpose",
 ]
 
 
@@ -53,7 +57,7 @@ def sparse24_compress(weight: Tensor, mask: Tensor, *, backend: str | None = Non
     Args:
         weight: ``[O, I]``, any floating dtype.
         mask: ``[O, I]`` bool, at most two True in each group of four along I. A group with fewer stores
-            zeros at its lowest free columns.
+            zeros at its highest free columns.
         backend: "native", "triton" or "reference"; None takes the first available.
 
     Returns:
@@ -123,6 +127,46 @@ def sparse24_prune_both(
     return _prune_both(weight, backend=backend)
 
 
+def sparse24_transpose(
+    values: Tensor, metadata: Tensor, in_features: int, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""The pack of the transpose W' from that of W; differentiable with respect to ``values``.
+
+    Args:
+        values: ``[O, P / 2]``, P = ``in_features`` rounded up to a multiple of 16.
+        metadata: ``[O, P / 8]`` uint8, of a weight that is 2:4 along O too (`sparse24_is_transposable`).
+            Where it is not, the first two that are stored of four rows of a column stay; nothing is
+            checked, for on a GPU that would mean to wait for it.
+        in_features: I.
+        backend: "native", "triton" or "reference"; None takes the first available.
+
+    Returns:
+        values_t ``[I, Q / 2]``, metadata_t ``[I, Q / 8]`` uint8, Q = O rounded up to a multiple of 16.
+    """
+    _check_packed(values, metadata, in_features)
+    return _transpose(values, metadata, in_features, backend=backend)
+
+
+def sparse24_is_transposable(metadata: Tensor, in_features: int) -> bool:
+    r"""Whether at most two of each four rows are stored in every column, zeros that fill groups up included.
+
+    Args:
+        metadata: ``[O, P / 8]`` uint8, P = ``in_features`` rounded up to a multiple of 16. The answer is
+            waited for; of a tensor without data (meta, fake) it is False.
+        in_features: I.
+    """
+    _check_metadata(metadata, in_features, "metadata", metadata)
+    if metadata.is_meta or isinstance(metadata, FakeTensor):
+        return False
+    groups = torch.stack((metadata & 15, metadata >> 4), dim=2).flatten(1)
+    one = torch.ones_like(groups)
+    sets = one << (groups & 3) | one << (groups >> 2)
+    # bit c: column c of the group is stored; four rows, [O / 4, 4, P / 4]
+    sets = F.pad(sets, (0, 0, 0, -len(sets) % 4)).unflatten(0, (-1, 4))
+    stored = torch.stack([(sets >> place & 1).sum(1, dtype=torch.uint8) for place in range(4)], dim=2)
+    return bool((stored.flatten(1)[:, :in_features] <= 2).all())
+
+
 def sparse24_gather(dense: Tensor, metadata: Tensor, *, backend: str | None = None) -> Tensor:
     r"""The elements of a dense ``[O, I]`` tensor at the kept positions: values ``[O, P / 2]``.
 
@@ -160,6 +204,7 @@ def sparse24_linear(
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
+    transposable: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     r"""``activation(input @ W.T + bias)`` with a compressed 2:4 weight ``W [O, I]``.
@@ -171,6 +216,9 @@ def sparse24_linear(
             weight that `sparse24_decompress` can give back.
         bias: ``[O]`` or None.
         activation: None, "relu", "gelu" (erf form), "silu", "sigmoid" or "tanh", fused.
+        transposable: ``metadata`` is 2:4 along O too (`sparse24_is_transposable`; not checked). Where
+            sparse tensor cores multiply (CUDA C++, bfloat16 and float16), the gradient to ``input`` is
+            then a 2:4 product with the transposed pack; elsewhere one pack serves as well.
         backend: "native", "triton" or "reference"; None takes the fastest measured, else the first available.
 
     Returns:
@@ -191,7 +239,8 @@ def sparse24_linear(
     code = activation_code(activation)
     keep_sum = needs_sum(code) and _wants_grad(input, values, bias)
     rows = _as_rows(input)
-    output, _ = _linear(rows, values, metadata, bias, code, keep_sum, backend=backend)
+    second_pack = _second_pack(values, transposable, backend)
+    output, _ = _linear(rows, values, metadata, bias, code, keep_sum, second_pack, backend=backend)
     return output.reshape(*input.shape[:-1], values.shape[0])
 
 
@@ -239,7 +288,7 @@ def sparse24_linear_ste(
     code = activation_code(activation)
     keep_sum = needs_sum(code) and _wants_grad(input, weight, bias)
     frozen = weight.detach()
-    if transposable and _wants_grad(input) and _sparse_cores(weight, backend):
+    if _wants_grad(input) and _second_pack(weight, transposable, backend):
         if mask is None:
             packs = sparse24_prune_both(frozen, backend=backend)
         else:
@@ -291,10 +340,11 @@ def _check_mask(weight: Tensor, mask: Tensor) -> None:
     check.check_device("mask", mask, "weight", weight)
 
 
-def _sparse_cores(weight: Tensor, backend: str | None) -> bool:
-    """Whether a product with the weight runs on sparse tensor cores: 16-bit types in CUDA C++."""
+def _second_pack(weight: Tensor, transposable: bool, backend: str | None) -> bool:
+    """Whether the gradient to the input takes the pack of W': where a product with the weight runs on
+    sparse tensor cores, 16-bit types in CUDA C++."""
     device_type = weight.device.type
-    if device_type == "meta":
+    if not transposable or device_type == "meta":
         return False
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
     if dtype not in (torch.bfloat16, torch.float16):
@@ -355,6 +405,10 @@ def _packed_both_fake(weight):
     return *_packed_fake(weight), *_packed_fake(weight.new_empty(I, O))
 
 
+def _transpose_fake(values, metadata, in_features):
+    return _packed_fake(values.new_empty(in_features, values.shape[0]))
+
+
 def _gather_fake(dense, metadata):
     return dense.new_empty(metadata.shape[0], metadata.shape[1] * 4)
 
@@ -363,7 +417,7 @@ def _decompress_fake(values, metadata, in_features):
     return values.new_empty(values.shape[0], in_features)
 
 
-def _linear_fake(input, values, metadata, bias, activation, keep_sum):
+def _linear_fake(input, values, metadata, bias, activation, keep_sum, transposable):
     shape = (input.shape[0], values.shape[0])
     return input.new_empty(shape), input.new_empty(shape if keep_sum else (0,))
 
@@ -371,7 +425,7 @@ def _linear_fake(input, values, metadata, bias, activation, keep_sum):
 def _linear_ste_fake(
     input, weight, values, metadata, values_t, metadata_t, bias, activation, keep_sum, decay
 ):
-    return _linear_fake(input, values, metadata, bias, activation, keep_sum)
+    return _linear_fake(input, values, metadata, bias, activation, keep_sum, False)
 
 
 # Of the ops that pack, one way (values, metadata) or both. A stored zero that only fills a group up has
@@ -413,6 +467,19 @@ def _grad_of_packs(ctx, grads, metadata, backend):
     return grad + _decompress(grads[2], metadata[1], O, backend=backend).t()
 
 
+def _transpose_setup(ctx, inputs, output):
+    values, metadata, _ = inputs
+    ctx.out_features = values.shape[0]
+    ctx.save_for_backward(metadata, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _transpose_backward(ctx, grad_values_t, _, *, backend):
+    metadata, metadata_t = ctx.saved_tensors
+    dense = _decompress(grad_values_t, metadata_t, ctx.out_features, backend=backend)
+    return _gather(dense.t(), metadata, backend=backend), None, None
+
+
 def _decompress_setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
 
@@ -434,8 +501,8 @@ def _gather_backward(ctx, grad_values, *, backend):
 
 
 def _linear_setup(ctx, inputs, output):
-    input, values, metadata, bias, activation, keep_sum = inputs
-    ctx.activation, ctx.keep_sum = activation, keep_sum
+    input, values, metadata, bias, activation, keep_sum, transposable = inputs
+    ctx.activation, ctx.keep_sum, ctx.transposable = activation, keep_sum, transposable
     from_output = activation != 0 and not needs_sum(activation)
     saved = output[1] if keep_sum else output[0] if from_output else None
     ctx.save_for_backward(input, values, metadata, bias, saved)
@@ -445,8 +512,16 @@ def _linear_setup(ctx, inputs, output):
 def _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend):
     """Gradient before the activation; the sum is computed again where it was not kept."""
     if needs_sum(ctx.activation) and not ctx.keep_sum:
-        saved, _ = _linear(input, values, metadata, bias, 0, False, backend=backend)
+        saved, _ = _linear(input, values, metadata, bias, 0, False, False, backend=backend)
     return activation_backward(grad_output, saved, ctx.activation)
+
+
+def _input_gradient(grad, pack, pack_t, in_features, backend):
+    """A product with the pack of W' where there is one. A second derivative does without: the gradient
+    op says that it has none."""
+    if pack_t is None:
+        return _grad_input(grad, *pack, in_features, backend=backend)
+    return _linear(grad, *pack_t, None, 0, False, False, backend=backend)[0]
 
 
 def _linear_backward(ctx, grad_output, _, *, backend):
@@ -455,12 +530,15 @@ def _linear_backward(ctx, grad_output, _, *, backend):
     wanted = ctx.needs_input_grad
     grad_input = grad_values = grad_bias = None
     if wanted[0]:
-        grad_input = _grad_input(grad, values, metadata, input.shape[1], backend=backend)
+        in_features, pack_t = input.shape[1], None
+        if ctx.transposable and not torch.is_grad_enabled():
+            pack_t = _transpose(values, metadata, in_features, backend=backend)
+        grad_input = _input_gradient(grad, (values, metadata), pack_t, in_features, backend)
     if wanted[1]:
         grad_values = _grad_values(grad, input, metadata, backend=backend)
     if wanted[3]:
         grad_bias = grad.sum(0)
-    return grad_input, grad_values, None, grad_bias, None, None
+    return grad_input, grad_values, None, grad_bias, None, None, None
 
 
 def _linear_ste_setup(ctx, inputs, output):
@@ -477,10 +555,9 @@ def _linear_ste_backward(ctx, grad_output, _, *, backend):
     grad = _grad_sum(ctx, grad_output, input, values, metadata, bias, saved, backend)
     wanted = ctx.needs_input_grad
     grad_input = grad_weight = grad_bias = None
-    if wanted[0] and values_t is not None and not torch.is_grad_enabled():
-        grad_input, _ = _linear(grad, values_t, metadata_t, None, 0, False, backend=backend)
-    elif wanted[0]:  # of this op, for a second derivative: it says that there is none
-        grad_input = _grad_input(grad, values, metadata, input.shape[1], backend=backend)
+    if wanted[0]:
+        pack_t = None if values_t is None or torch.is_grad_enabled() else (values_t, metadata_t)
+        grad_input = _input_gradient(grad, (values, metadata), pack_t, input.shape[1], backend)
     if wanted[1]:
         grad_weight = grad.t() @ input
         if ctx.decay:
@@ -537,6 +614,13 @@ _prune_both = Op(
     fake=_packed_both_fake,
     backward=_prune_backward,
     setup_context=_prune_setup,
+    autocast=False,
+)
+_transpose = Op(
+    reference.sparse24_transpose,
+    fake=_transpose_fake,
+    backward=_transpose_backward,
+    setup_context=_transpose_setup,
     autocast=False,
 )
 _gather = Op(

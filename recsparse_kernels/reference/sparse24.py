@@ -7,7 +7,8 @@ columns to P, a multiple of 16:
     metadata  [O, P / 8]   uint8; four kept values a byte, 2 bits each, low bits first: the column of
                            the value within its group; first < second in every group
 
-A group that keeps fewer than two still stores two: a zero value at the lowest free columns.
+A group that keeps fewer than two still stores two: a zero value at the highest free columns. So a
+transposable mask cut off at an edge fills up beyond it, and what is stored is 2:4 both ways.
 """
 
 import itertools
@@ -83,8 +84,9 @@ def sparse24_compress(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     O, I = weight.shape
     P = padded(I)
     kept = F.pad(mask, (0, P - I)).view(O, P // 4, 4)
-    # columns that are kept first, then the lowest others, in column order
-    columns = kept.to(torch.uint8).argsort(dim=2, descending=True, stable=True)[:, :, :2].sort(dim=2).values
+    # columns that are kept first, then the highest others, in column order
+    order = 3 - kept.flip(2).to(torch.uint8).argsort(dim=2, descending=True, stable=True)
+    columns = order[:, :, :2].sort(dim=2).values
     dense = F.pad(torch.where(mask, weight, 0), (0, P - I)).view(O, P // 4, 4)
     values = dense.gather(2, columns).reshape(O, P // 2)
     shifts = torch.tensor([0, 2, 4, 6], device=weight.device)
@@ -107,6 +109,16 @@ def sparse24_prune_both(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return sparse24_compress_both(weight, sparse24_mask(weight, True))
 
 
+def sparse24_transpose(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """The pack of W' from that of W; of more than two stored in four rows of a column, the first two."""
+    O, P = metadata.shape[0], padded(in_features)
+    stored = torch.zeros(O, P, dtype=torch.bool, device=metadata.device)
+    stored = stored.scatter_(1, kept_columns(metadata), True)[:, :in_features].t()
+    groups = F.pad(stored, (0, -O % 4)).view(in_features, (O + 3) // 4, 4)
+    first = (groups & (groups.cumsum(2) <= 2)).flatten(1)[:, :O]
+    return sparse24_compress(sparse24_decompress(values, metadata, in_features).t(), first)
+
+
 def kept_columns(metadata: Tensor) -> Tensor:
     """Column of each kept value, [O, P / 2] int64."""
     O, bytes_each = metadata.shape
@@ -127,9 +139,16 @@ def sparse24_decompress(values: Tensor, metadata: Tensor, in_features: int) -> T
 
 
 def sparse24_linear(
-    input: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, activation: int, keep_sum: bool
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    keep_sum: bool,
+    transposable: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the sum before the activation when ``keep_sum`` (else an empty tensor)."""
+    """The output, and the sum before the activation when ``keep_sum`` (else an empty tensor);
+    ``transposable`` is for the gradient to the input, which may then use `sparse24_transpose`."""
     weight = sparse24_decompress(values, metadata, input.shape[1])
     total = F.linear(input, weight, bias)
     output = activate(total, activation)
@@ -152,7 +171,7 @@ def sparse24_linear_ste(
 ) -> tuple[Tensor, Tensor]:
     """`sparse24_linear`; ``weight``, the dense tensor behind ``values``, only receives the gradient, and
     ``values_t``, ``metadata_t``, the pack of W' if given, serve the gradient to the input."""
-    return sparse24_linear(input, values, metadata, bias, activation, keep_sum)
+    return sparse24_linear(input, values, metadata, bias, activation, keep_sum, False)
 
 
 def sparse24_linear_grad_input(

@@ -179,6 +179,21 @@ def _transposable_mask_kernel(
     _store_tile_row(mask_ptr, chosen >> 9, row + 3, column, O, I, inside, BLOCK)
 
 
+@device_function
+def _store_packed(values_ptr, metadata_ptr, byte, inside, k0, k1, k2, k3, weight, BLOCK: tl.constexpr):
+    """Packs weight [BLOCK, 8], zero where not kept, for one byte each; k0 to k3 [BLOCK, 2]: 1 where kept."""
+    w0, w1, w2, w3 = split_groups(weight, BLOCK, 2)
+    s3, s2, s1, s0 = top_two(k3, k2, k1, k0)  # what is kept, then the highest others
+    first = tl.where(s0, 0, tl.where(s1, 1, 2))
+    second = tl.where(s3, 3, tl.where(s2, 2, 1))
+    values = tl.reshape(tl.join(select(first, w0, w1, w2, w3), select(second, w0, w1, w2, w3)), (BLOCK, 4))
+    value_at = byte[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(values_ptr + value_at, values, mask=inside[:, None])
+    shift = tl.arange(0, 2)[None, :] * 4
+    bits = tl.sum((first | second << 2) << shift, axis=1)
+    tl.store(metadata_ptr + byte, bits.to(tl.uint8), mask=inside)
+
+
 @triton.jit
 def _compress_kernel(
     weight_ptr,  # [O, I]
@@ -199,16 +214,7 @@ def _compress_kernel(
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
     weight = tl.where(kept != 0, weight, tl.zeros_like(weight))  # a filled position stores zero
     k0, k1, k2, k3 = split_groups(kept, BLOCK, 2)
-    w0, w1, w2, w3 = split_groups(weight, BLOCK, 2)
-    s0, s1, s2, s3 = top_two(k0, k1, k2, k3)
-    first = tl.where(s0, 0, tl.where(s1, 1, 2))
-    second = tl.where(s3, 3, tl.where(s2, 2, 1))
-    values = tl.reshape(tl.join(select(first, w0, w1, w2, w3), select(second, w0, w1, w2, w3)), (BLOCK, 4))
-    value_at = byte[:, None] * 4 + tl.arange(0, 4)[None, :]
-    tl.store(values_ptr + value_at, values, mask=(byte < all_bytes)[:, None])
-    shift = tl.arange(0, 2)[None, :] * 4
-    bits = tl.sum((first | second << 2) << shift, axis=1)
-    tl.store(metadata_ptr + byte, bits.to(tl.uint8), mask=byte < all_bytes)
+    _store_packed(values_ptr, metadata_ptr, byte, byte < all_bytes, k0, k1, k2, k3, weight, BLOCK)
     group = byte[:, None] * 2 + tl.arange(0, 2)[None, :]
     wrong = tl.where(k0 + k1 + k2 + k3 > 2, group, all_bytes * 2)
     tl.store(wrong_ptr + tl.program_id(0), tl.min(tl.min(wrong, axis=1), axis=0))
@@ -219,6 +225,38 @@ def kept_positions(metadata, shift):
     """first, second column of the group whose nibble of ``metadata`` begins at ``shift``."""
     nibble = metadata.to(tl.int32) >> shift
     return nibble & 3, (nibble >> 2) & 3
+
+
+@triton.jit
+def _transpose_kernel(
+    values_ptr,  # [O, 4 * row_bytes]
+    metadata_ptr,  # [O, row_bytes] uint8
+    out_values_ptr,  # [I, 4 * out_bytes]
+    out_metadata_ptr,  # [I, out_bytes] uint8
+    O,
+    I,
+    row_bytes,
+    out_bytes,
+    BLOCK: tl.constexpr,
+):
+    # one program: BLOCK bytes of the transposed metadata, columns of the weight one after the other, so that
+    # neighbours read the same rows
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column, byte = at % I, at // I
+    inside = byte < out_bytes
+    row = (byte * 8)[:, None] + tl.arange(0, 8)[None, :]
+    here = inside[:, None] & (row < O)
+    code = tl.load(metadata_ptr + row * row_bytes + (column // 8)[:, None], mask=here, other=0)
+    first, second = kept_positions(code, (column // 4 % 2 * 4)[:, None])
+    place = (column % 4)[:, None]
+    stored = here & ((first == place) | (second == place))
+    value_at = row * (4 * row_bytes) + (column // 4 * 2)[:, None] + tl.where(second == place, 1, 0)
+    weight = tl.load(values_ptr + value_at, mask=stored, other=0.0)
+    out = column * out_bytes + byte
+    k0, k1, k2, k3 = split_groups(stored.to(tl.int32), BLOCK, 2)
+    s0, s1, s2, s3 = top_two(k0, k1, k2, k3)  # of more than two the first
+    k0, k1, k2, k3 = k0 & s0, k1 & s1, k2 & s2, k3 & s3
+    _store_packed(out_values_ptr, out_metadata_ptr, out, inside, k0, k1, k2, k3, weight, BLOCK)
 
 
 @triton.jit
@@ -334,6 +372,18 @@ def sparse24_prune(weight: Tensor, transposable: bool) -> tuple[Tensor, Tensor]:
 
 
 @launcher
+def sparse24_transpose(values: Tensor, metadata: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    values, metadata = values.contiguous(), metadata.contiguous()
+    (O, row_bytes), I, out_bytes = metadata.shape, in_features, padded(metadata.shape[0]) // 8
+    out_values = values.new_empty(I, 4 * out_bytes)
+    out_metadata = metadata.new_empty(I, out_bytes)
+    config = CONFIGS["pack"]
+    args = (values, metadata, out_values, out_metadata, O, I, row_bytes, out_bytes)
+    launch(_transpose_kernel, (triton.cdiv(I * out_bytes, config["BLOCK"]),), *args, **config)
+    return out_values, out_metadata
+
+
+@launcher
 def sparse24_gather(dense: Tensor, metadata: Tensor) -> Tensor:
     dense, metadata = dense.contiguous(), metadata.contiguous()
     O, row_bytes = metadata.shape
@@ -368,4 +418,5 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"transposable mask, {label}", partial(sparse24_mask, weight, True)
             yield f"compress, {label}", partial(sparse24_compress, weight, mask)
             yield f"gather, {label}", partial(sparse24_gather, weight, metadata)
+            yield f"transpose, {label}", partial(sparse24_transpose, values, metadata, I)
             yield f"decompress, {label}", partial(sparse24_decompress, values, metadata, I)

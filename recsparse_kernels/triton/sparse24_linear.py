@@ -204,7 +204,13 @@ def _grad_values_kernel(
 
 @launcher
 def sparse24_linear(
-    input: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, activation: int, keep_sum: bool
+    input: Tensor,
+    values: Tensor,
+    metadata: Tensor,
+    bias: Tensor | None,
+    activation: int,
+    keep_sum: bool,
+    transposable: bool,
 ) -> tuple[Tensor, Tensor]:
     input, values, metadata = input.contiguous(), values.contiguous(), metadata.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -235,7 +241,7 @@ def sparse24_linear_ste(
     keep_sum: bool,
     decay: float,
 ) -> tuple[Tensor, Tensor]:
-    return sparse24_linear(input, values, metadata, bias, activation, keep_sum)
+    return sparse24_linear(input, values, metadata, bias, activation, keep_sum, False)
 
 
 @launcher
@@ -280,7 +286,7 @@ def compile_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             metadata = empty(O, padded(I) // 8, dtype=torch.uint8)
             label = f"{B} x {I} x {O}, {str(dtype).removeprefix('torch.')}"
             for code in (0, 1, 2):
-                args = (input, values, metadata, bias, code, code == 2)
+                args = (input, values, metadata, bias, code, code == 2, False)
                 yield f"linear {code}, {label}", partial(sparse24_linear, *args)
             args = (grad, values, metadata, I)
             yield f"grad input, {label}", partial(sparse24_linear_grad_input, *args)

@@ -36,15 +36,15 @@ def call(request):
 
 
 def run(call):
-    return OPS["sparse24_linear"].overload("native")(*call, 2, True)
+    return OPS["sparse24_linear"].overload("native")(*call, 2, True, False)
 
 
 def test_equals_the_definition(call):
     input, values, metadata, bias = call
     exact = OPS["sparse24_linear"].overload("reference")(
-        input.double(), values.double(), metadata, bias.double(), 2, True
+        input.double(), values.double(), metadata, bias.double(), 2, True, False
     )
-    baseline = OPS["sparse24_linear"].overload("reference")(*call, 2, True)
+    baseline = OPS["sparse24_linear"].overload("reference")(*call, 2, True, False)
     for name, *three in zip(("output", "sum"), run(call), exact, baseline, strict=True):
         assert_close(name, *three)
 

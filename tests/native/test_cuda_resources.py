@@ -32,6 +32,7 @@ HOT = {
     "expanded_product_kernel": (),
     "prune_kernel": (),
     "tiles_kernel": (),
+    "transpose_pack_kernel": (),
     "compress_kernel": (),
     "gather_kernel": (),
     "decompress_kernel": (),

@@ -143,6 +143,79 @@ def test_gradients_through_both_packs():
     assert torch.autograd.gradcheck(lambda w: ops.sparse24_prune_both(w)[::2], (weight,))
 
 
+def stored_places(metadata, in_features):
+    stored = torch.zeros(len(metadata), reference.padded(in_features), dtype=torch.bool)
+    return stored.scatter_(1, reference.kept_columns(metadata), True)[:, :in_features]
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*MASK_SHAPES, (130, 65), (66, 131)], ids=str)
+def test_transpose_gives_the_second_pack(shape, dtype, backend):
+    """Of a transposable mask, at every edge; trained values, so also those that only filled groups up."""
+    _, metadata, _, metadata_t = ops.sparse24_prune_both(make_weight(*shape))
+    assert ops.sparse24_is_transposable(metadata, shape[1])
+    values = torch.randn(len(metadata), 4 * metadata.shape[1]).to(dtype)
+    actual = ops.sparse24_transpose(values, metadata, shape[1], backend=backend)
+    assert torch.equal(actual[1], metadata_t)
+    dense = ops.sparse24_decompress(values, metadata, shape[1])
+    assert torch.equal(ops.sparse24_decompress(*actual, shape[0]), dense.t())
+    exact = reference.sparse24_transpose(values.double(), metadata, shape[1])
+    assert all(map(torch.equal, as_float64(actual), exact))
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(1, 5), (14, 37), (130, 65), (66, 131)], ids=str)
+def test_transpose_keeps_the_first_two_of_any_four(shape, backend):
+    metadata = reference.sparse24_compress(*[(w := make_weight(*shape)), reference.sparse24_mask(w, False)])[
+        1
+    ]
+    values = torch.randn(len(metadata), 4 * metadata.shape[1])
+    stored = stored_places(metadata, shape[1])
+    most = int(F.pad(stored, (0, 0, 0, -shape[0] % 4)).unflatten(0, (-1, 4)).sum(1).max())
+    assert ops.sparse24_is_transposable(metadata, shape[1]) == (most <= 2)
+    place = torch.arange(shape[0]) // 4
+    before = torch.stack([stored[:i][place[:i] == place[i]].sum(0) for i in range(shape[0])])
+    expected = ops.sparse24_decompress(values, metadata, shape[1]) * (before < 2)
+    packed = ops.sparse24_transpose(values[:, :], metadata, shape[1], backend=backend)
+    assert torch.equal(ops.sparse24_decompress(*packed, shape[0]), expected.t())
+    aside = torch.cat((values.new_zeros(1), values.flatten()))[1:].view_as(values)  # not aligned
+    for other in (aside, values.t().contiguous().t()):
+        again = ops.sparse24_transpose(other, metadata, shape[1], backend=backend)
+        assert all(map(torch.equal, again, packed))
+
+
+def test_a_transposable_mask_stores_nothing_else():
+    """Groups that an edge cuts off fill up beyond it."""
+    for shape in MASK_SHAPES:
+        weight = make_weight(*shape)
+        _, metadata, _, metadata_t = ops.sparse24_prune_both(weight)
+        mask = ops.sparse24_mask(weight, transposable=True)
+        assert torch.equal(stored_places(metadata, shape[1]), mask)
+        assert torch.equal(stored_places(metadata_t, shape[0]), mask.t())
+
+
+def test_gradient_through_transpose():
+    values, metadata = ops.sparse24_prune(make_weight(13, 21).double())
+    assert torch.autograd.gradcheck(
+        lambda v: ops.sparse24_transpose(v, metadata, 21)[0], (values.requires_grad_(),)
+    )
+
+
+def test_transpose_refuses_bad_input():
+    values, metadata = ops.sparse24_prune(make_weight(4, 20))
+    for arguments, message in (
+        ((values, metadata, -1), "in_features must not be negative; got -1"),
+        ((values, metadata, 40), "metadata must have shape"),
+        ((values[:, 1:], metadata, 20), "values must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.sparse24_transpose(*arguments)
+    with pytest.raises(ValueError, match="metadata must have shape"):
+        ops.sparse24_is_transposable(metadata, 40)
+    assert not ops.sparse24_is_transposable(metadata.to("meta"), 20)
+
+
 def every_pattern():
     rows = [[int(i in pair) for i in range(4)] for pair in itertools.combinations(range(4), 2)]
     tiles = [torch.tensor(tile) for tile in itertools.product(rows, repeat=4)]
@@ -344,7 +417,7 @@ def launched(backend="cuda"):
 
 def check_sparse24_linear(case, activation, backend):
     """Output and the sum that is kept for backward."""
-    arguments = (*case[:4], ACTIVATIONS.index(activation), True)
+    arguments = (*case[:4], ACTIVATIONS.index(activation), True, False)
     op = OPS["sparse24_linear"]
     actual = op.overload(backend)(*arguments)
     exact = op.overload("reference")(*doubled(*case[:4]), *arguments[4:])
@@ -555,10 +628,59 @@ def test_transposable_straight_through(with_mask, backend):
     assert not any("both" in name for name in calls.names)
 
 
-def test_second_derivative_with_both_packs_is_refused():
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 16, 4), (3, 20, 1), (19, 45, 13), (40, 64, 36)], ids=str)
+def test_linear_from_the_transposed_pack(shape, dtype, backend):
+    """The op's gradients with the pack of W' are those of the definition, on every backend."""
+    B, I, O = shape
+    input, _, _, bias, grad = make_case(B, I, O, dtype=dtype)
+    values, metadata = ops.sparse24_prune(make_weight(O, I, dtype=dtype), transposable=True)
+
+    def run(transposable, backend, *tensors):
+        input, values, bias, grad = tensors
+        arguments = [t.clone().requires_grad_() for t in (input, values, bias)]
+        call = (arguments[0], arguments[1], metadata, arguments[2], 3, False, transposable)
+        output, _ = OPS["sparse24_linear"](*call, backend=backend)
+        return output, *torch.autograd.grad(output, arguments, grad)
+
+    tensors = (input, values, bias, grad)
+    with OpNames() as calls:
+        output, grad_input, *others = run(True, backend, *tensors)
+    assert "sparse24_transpose" in calls.names and "sparse24_linear_grad_input" not in calls.names
+    exact, baseline = run(False, "reference", *doubled(*tensors)), run(False, "reference", *tensors)
+    assert_close("grad_input", grad_input, exact[1], baseline[1])
+    plain = run(False, backend, *tensors)
+    assert all(map(torch.equal, (output, *others), (plain[0], *plain[2:])))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_the_transposed_pack_is_made(dtype, backend):
+    """In a backward that the input has a part in, where products run on sparse tensor cores."""
+    input, _, _, bias, _ = make_case(9, 36, 12, dtype=dtype)
+    values, metadata = ops.sparse24_prune(make_weight(12, 36, dtype=dtype), transposable=True)
+    on_cores = backend == "cuda" and dtype != torch.float32
+    for wanted, transposable in ((True, True), (True, False), (False, True)):
+        values = values.detach().requires_grad_()
+        output = ops.sparse24_linear(
+            input.requires_grad_(wanted), values, metadata, bias, transposable=transposable, backend=backend
+        )
+        with OpNames() as calls:
+            output.sum().backward()
+        assert ("sparse24_transpose" in calls.names) == (on_cores and wanted and transposable)
+        assert ("sparse24_linear_grad_input" in calls.names) == (wanted and not (on_cores and transposable))
+
+
+@pytest.mark.parametrize("name", ["sparse24_linear", "sparse24_linear_ste"])
+def test_second_derivative_with_both_packs_is_refused(name):
     input, weight = make_case(4, 16, 8)[0].requires_grad_(), make_weight(8, 16)
     packs = ops.sparse24_prune_both(weight)
-    output, _ = OPS["sparse24_linear_ste"](input, weight, *packs, None, 0, False, 0.0)
+    arguments = {
+        "sparse24_linear": (*packs[:2], None, 0, False, True),
+        "sparse24_linear_ste": (weight, *packs, None, 0, False, 0.0),
+    }
+    output, _ = OPS[name](input, *arguments[name])
     (grad,) = torch.autograd.grad(output.square().sum(), input, create_graph=True)
     with pytest.raises(RuntimeError, match="sparse24_linear_grad_input has no gradient"):
         grad.sum().backward()
@@ -644,7 +766,8 @@ def test_same_result_for_any_number_of_threads(shape, backend):
 @each_backend
 @pytest.mark.parametrize("activation", [0, 1, 2])
 def test_opcheck_linear(activation, backend):
-    input, values, metadata, bias, _ = make_case(6, 20, 9)
+    input, _, _, bias, _ = make_case(6, 20, 9)
+    values, metadata = ops.sparse24_prune(make_weight(9, 20), transposable=True)
     for keep_sum in (False, True):
         args = (
             input.requires_grad_(),
@@ -653,11 +776,11 @@ def test_opcheck_linear(activation, backend):
             bias.requires_grad_(),
             activation,
             keep_sum,
+            not keep_sum,  # the gradient from the transposed pack
         )
         torch.library.opcheck(OPS["sparse24_linear"].overload(backend), args)
-    torch.library.opcheck(
-        OPS["sparse24_linear"].overload(backend), (input, values, metadata, None, activation, False)
-    )
+    args = (input, values, metadata, None, activation, False, False)
+    torch.library.opcheck(OPS["sparse24_linear"].overload(backend), args)
 
 
 @each_backend
@@ -673,6 +796,7 @@ def test_opcheck_the_others(backend):
         "sparse24_prune": (weight, True),
         "sparse24_compress_both": (weight, both_ways),
         "sparse24_prune_both": (weight,),
+        "sparse24_transpose": (packs[0].clone().requires_grad_(), packs[1], 20),
         "sparse24_gather": (weight, metadata),
         "sparse24_decompress": (values.requires_grad_(), metadata, 20),
         "sparse24_linear_ste": (
@@ -697,9 +821,13 @@ def test_opcheck_the_others(backend):
 
 
 @each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_compile_keeps_one_graph(activation, backend):
-    case = make_case(12, 36, 10)
+def test_compile_keeps_one_graph(activation, dtype, backend):
+    torch._dynamo.reset()  # every case compiles the same function anew
+    input, _, _, bias, grad = make_case(12, 36, 10, dtype=dtype)
+    packed = ops.sparse24_prune(make_weight(10, 36, dtype=dtype), transposable=True)
+    case = (input, *packed, bias, grad)
     compiled = torch.compile(run_backward_of(activation, backend), fullgraph=True, backend="aot_eager")
     results = []
     for function in (run_backward_of(activation, backend), compiled):
@@ -712,7 +840,9 @@ def test_compile_keeps_one_graph(activation, backend):
 
 def run_backward_of(activation, backend):
     def call(input, values, metadata, bias):
-        return ops.sparse24_linear(input, values, metadata, bias, activation=activation, backend=backend)
+        return ops.sparse24_linear(
+            input, values, metadata, bias, activation=activation, transposable=True, backend=backend
+        )
 
     return call
 
@@ -728,6 +858,26 @@ def test_autocast(dtype, backend):
     assert output.dtype == mixed.dtype == dtype
     output.float().sum().backward()
     assert values.grad.dtype == torch.float32 and values.grad.isfinite().all()
+
+
+@each_backend
+def test_function_transforms_of_a_transposable_linear(backend):
+    input, _, _, bias, _ = make_case(6, 36, 12, dtype=torch.bfloat16)
+    values, metadata = ops.sparse24_prune(make_weight(12, 36, dtype=torch.bfloat16), transposable=True)
+
+    def loss(input, values):
+        output = ops.sparse24_linear(input, values, metadata, bias, transposable=True, backend=backend)
+        return output.float().square().sum()
+
+    expected = torch.autograd.grad(loss(input.requires_grad_(), values.requires_grad_()), (input, values))
+    for actual, wanted in zip(torch.func.grad(loss, (0, 1))(input, values), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    each = torch.func.vmap(torch.func.grad(loss), (0, None))(input[:, None], values)
+    torch.testing.assert_close(each[:, 0], expected[0])
+    transposed = torch.func.vmap(lambda v: ops.sparse24_transpose(v, metadata, 36, backend=backend)[0])(
+        values[None]
+    )
+    assert torch.equal(transposed[0], ops.sparse24_transpose(values, metadata, 36, backend=backend)[0])
 
 
 def test_float64_runs_on_the_reference():
@@ -775,12 +925,12 @@ def test_native_checks_stand_alone():
         pytest.skip("the native library is not built")
     input, values, metadata, bias, _ = make_case(5, 32, 7)
     for args, error, text in (
-        ((input[0], values, metadata, bias, 0, False), ValueError, "input must be"),
-        ((input, values[:, :8], metadata, bias, 0, False), ValueError, "values must have shape"),
-        ((input, values, metadata[:, :2], bias, 0, False), ValueError, "metadata must have 4 columns"),
-        ((input, values, metadata.int(), bias, 0, False), TypeError, "metadata must be Byte"),
-        ((input, values, metadata, bias.double(), 0, False), TypeError, "bias must have the dtype"),
-        ((input, values, metadata, bias, 9, False), ValueError, "activation must be in"),
+        ((input[0], values, metadata, bias, 0, False, False), ValueError, "input must be"),
+        ((input, values[:, :8], metadata, bias, 0, False, False), ValueError, "values must have shape"),
+        ((input, values, metadata[:, :2], bias, 0, False, False), ValueError, "metadata must have 4 columns"),
+        ((input, values, metadata.int(), bias, 0, False, False), TypeError, "metadata must be Byte"),
+        ((input, values, metadata, bias.double(), 0, False, False), TypeError, "bias must have the dtype"),
+        ((input, values, metadata, bias, 9, False, False), ValueError, "activation must be in"),
     ):
         with pytest.raises(error, match=text):
             op(*args, backend="native")

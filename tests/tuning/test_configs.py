@@ -161,7 +161,7 @@ def test_launchers_take_the_choice_and_all_are_compiled(monkeypatch):
 
     def block():
         with _launch.recording() as launches:
-            sparse24_linear.sparse24_linear(input, values, metadata, None, 0, False)
+            sparse24_linear.sparse24_linear(input, values, metadata, None, 0, False, False)
         return launches[0][2]["BLOCK_I"]
 
     choices = sparse24_linear.LINEAR_CONFIGS.choices["64 rows"]
