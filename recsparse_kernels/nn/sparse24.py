@@ -6,20 +6,17 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._activation import activation_code
 from ..ops._check import check_in_features
-from ..reference.sparse24 import padded
+from ..reference.sparse24 import check_kept, padded
 from ._base import PackedModule, copy_requires_grad
-
-
-def _kept(weight: Tensor, mask: Tensor | None, transposable: bool) -> Tensor:
-    if mask is not None and transposable:
-        raise ValueError("transposable chooses a mask; it cannot be given together with mask")
-    return ops.sparse24_mask(weight, transposable=transposable) if mask is None else mask.to(weight.device)
 
 
 def _packed(weight: Tensor, mask: Tensor | None, transposable: bool) -> tuple[Tensor, Tensor]:
     if mask is None:
         return ops.sparse24_prune(weight, transposable=transposable)
-    return ops.sparse24_compress(weight, _kept(weight, mask, transposable))
+    packed = ops.sparse24_compress(weight, mask.to(weight.device))
+    if transposable:
+        check_kept(mask.t(), "column", "rows")
+    return packed
 
 
 def _dense_weight(linear: nn.Linear, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -40,6 +37,10 @@ class Sparse24Linear(PackedModule):
     Args:
         in_features, out_features, bias, device, dtype: as in `torch.nn.Linear`.
         activation: None, "relu", "gelu", "silu", "sigmoid" or "tanh", fused into the product.
+        transposable: choose masks of 4 x 4 tiles with two in every row and column.
+
+    Where what is stored is 2:4 along both sides, the gradient to the input is a 2:4 product as well, on
+    sparse tensor cores (`ops.sparse24_linear`); the layer sees by itself, when it gets a new mask or state.
 
     A new layer is what `from_dense` makes of a new `torch.nn.Linear`.
 
@@ -53,6 +54,7 @@ class Sparse24Linear(PackedModule):
     out_features: int
     values: nn.Parameter
     metadata: Tensor
+    _both_ways = False  # at most two of four are stored in columns too
 
     def __init__(
         self,
@@ -61,13 +63,14 @@ class Sparse24Linear(PackedModule):
         bias: bool = True,
         *,
         activation: str | None = None,
+        transposable: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         activation_code(activation)  # an unknown name is refused here
         self.in_features, self.out_features, self.activation = in_features, out_features, activation
-        self.transposable = False
+        self.transposable = transposable
         P = padded(in_features)
         self.values = nn.Parameter(torch.empty(out_features, P // 2, device=device, dtype=dtype))
         self.register_buffer("metadata", torch.empty(out_features, P // 8, device=device, dtype=torch.uint8))
@@ -86,7 +89,14 @@ class Sparse24Linear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         check_in_features(input, self.in_features)
-        return ops.sparse24_linear(input, self.values, self.metadata, self.bias, activation=self.activation)
+        return ops.sparse24_linear(
+            input,
+            self.values,
+            self.metadata,
+            self.bias,
+            activation=self.activation,
+            transposable=self._both_ways,
+        )
 
     @classmethod
     def from_dense(
@@ -103,7 +113,8 @@ class Sparse24Linear(PackedModule):
             module: dense layer; also one pruned by ``torch.nn.utils.prune``, whose mask is then taken, and
                 one whose weight is a ``torch.sparse.SparseSemiStructuredTensor``.
             mask: ``[O, I]`` bool, at most two True in each group of four along I; None keeps the largest.
-            transposable: keep, in each 4 x 4 tile, the best pattern with two in every row and column.
+            transposable: keep, in each 4 x 4 tile, the best pattern with two in every row and column; of a
+                mask that is given, make sure that it keeps at most two of four along O too.
             activation: fused activation of the new layer.
 
         Raises:
@@ -121,12 +132,13 @@ class Sparse24Linear(PackedModule):
             module.out_features,
             module.bias is not None,
             activation=activation,
+            transposable=transposable,
             device="meta",
             dtype=weight.dtype,
         )
-        new.transposable = transposable
         new.values = nn.Parameter(values.detach())
         new.metadata = metadata
+        new._see_metadata()
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.detach().clone())
         copy_requires_grad(new, module)
@@ -138,7 +150,7 @@ class Sparse24Linear(PackedModule):
 
         Args:
             weight: ``[O, I]`` dense weight.
-            mask: as in `from_dense`; None chooses as `from_dense` did.
+            mask: as in `from_dense`, which need not be transposable; None chooses as ``transposable`` says.
 
         Raises:
             ValueError: the shape differs, or the mask keeps more than two in a group; nothing has changed.
@@ -150,6 +162,14 @@ class Sparse24Linear(PackedModule):
         values, metadata = _packed(weight, mask, self.transposable and mask is None)
         self.values.copy_(values)
         self.metadata.copy_(metadata)
+        self._see_metadata()
+
+    def _see_metadata(self) -> None:
+        self._both_ways = ops.sparse24_is_transposable(self.metadata, self.in_features)
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self._see_metadata()
 
     def mask(self) -> Tensor:
         """``[O, I]`` bool: the positions that are stored."""
@@ -188,7 +208,7 @@ class Sparse24Linear(PackedModule):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         )
         activation = f", activation={self.activation!r}" if self.activation else ""
-        return f"{text}{activation}, sparsity=2:4"
+        return f"{text}{activation}{', transposable=True' if self.transposable else ''}, sparsity=2:4"
 
 
 class Sparse24LinearSTE(nn.Linear):
@@ -278,8 +298,7 @@ class Sparse24LinearSTE(nn.Linear):
             **options,
         )
         if mask is not None:
-            compress = ops.sparse24_compress_both if new.transposable else ops.sparse24_compress
-            compress(weight, mask)  # refuses a mask that is not 2:4
+            _packed(weight, mask, new.transposable)  # refuses a mask that is not 2:4
         new.weight = nn.Parameter(weight.clone())
         new.mask = ops.sparse24_mask(weight, transposable=new.transposable) if mask is None else mask.clone()
         if module.bias is not None:
@@ -305,7 +324,9 @@ class Sparse24LinearSTE(nn.Linear):
 
     def to_sparse(self) -> Sparse24Linear:
         """The packed layer with the same output."""
-        return Sparse24Linear.from_dense(self, mask=self.mask, activation=self.activation)
+        return Sparse24Linear.from_dense(
+            self, mask=self.mask, transposable=self.transposable, activation=self.activation
+        )
 
     def extra_repr(self) -> str:
         activation = f", activation={self.activation!r}" if self.activation else ""

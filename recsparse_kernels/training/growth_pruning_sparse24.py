@@ -1,6 +1,7 @@
 """The 2:4 mode of alternate growth and pruning (ours): linear layers that are 2:4 in the sparse phases.
 
-Masks are transposable: as many weights of each input as of each output stay. Values, their gradient and
+Masks are transposable: as many weights of each input as of each output stay, and where sparse tensor
+cores multiply the gradient to the input is a 2:4 product too. Values, their gradient and
 their optimizer state have half the size meanwhile. What a 2:4 mask drops is itself at most two of each
 four, so that it is kept, where it is to come back, at the same half size.
 """

@@ -18,6 +18,7 @@ from recsparse_kernels.nn import (
     swap_linear_with_semi_sparse_linear,
     swap_semi_sparse_linear_with_linear,
 )
+from recsparse_kernels.ops import _backend
 from recsparse_kernels.testing import backends
 from recsparse_kernels.testing.sparse24 import as_torch_packs
 
@@ -90,8 +91,6 @@ def test_masks_of_the_user(linear):
     mask[4, 8:12] = True
     with pytest.raises(ValueError, match="row 4 keeps 4 in columns 8 to 11"):
         Sparse24Linear.from_dense(linear, mask=mask)
-    with pytest.raises(ValueError, match="transposable chooses a mask"):
-        Sparse24Linear.from_dense(linear, mask=mask, transposable=True)
 
 
 def test_masks_of_torch_prune(linear):
@@ -114,6 +113,69 @@ def test_transposable_mask_is_24_both_ways(linear):
         (mask.t().reshape(40, 6, 4).sum(2) == 2).all()
     )
     ops.sparse24_compress(layer.weight.t(), mask.t())
+
+
+def takes_second_pack(layer, monkeypatch):
+    """Whether a step of training in bfloat16 on CUDA's kernels transposes the pack."""
+    layer, names = copy.deepcopy(layer).bfloat16(), []
+    input = torch.randn(6, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "sparse24_linear", partial(ops.sparse24_linear, backend="cuda"))
+        patch.setattr(_backend, "OBSERVERS", [lambda op, *_: names.append(op.name)])
+        layer(input).sum().backward()
+    expected = torch.ones(6, layer.out_features).bfloat16() @ layer.dense_weight()
+    torch.testing.assert_close(input.grad, expected)
+    return "sparse24_transpose" in names
+
+
+@pytest.mark.skipif(
+    "cuda" not in backends("sparse24_linear"), reason="CUDA's kernels are not built for tests"
+)
+def test_a_layer_sees_whether_its_mask_is_transposable(monkeypatch):
+    dense, other = nn.Linear(37, 22), nn.Linear(37, 22)
+    mask = ops.sparse24_mask(other.weight, transposable=True)
+
+    def new(**options):
+        return Sparse24Linear.from_dense(dense, **options)
+
+    def loaded(layer, state, **options):
+        layer.load_state_dict(copy.deepcopy(state), **options)
+        return layer
+
+    def refreshed(layer, *arguments, **options):
+        layer.refresh(*arguments, **options)
+        return layer
+
+    def dense_loaded(layer):
+        layer.load_dense_state_dict(other.state_dict())
+        return layer
+
+    both, one = new(transposable=True), new()
+    ste = Sparse24LinearSTE.from_dense(dense, transposable=True)
+    meta = Sparse24Linear(37, 22, device="meta")
+    for layer in (
+        both,
+        new(mask=mask),
+        new(mask=mask, transposable=True),
+        Sparse24Linear(37, 22, transposable=True),
+        copy.deepcopy(both),
+        pickle.loads(pickle.dumps(both)),
+        loaded(new(), both.state_dict()),
+        loaded(meta, both.state_dict(), assign=True),
+        dense_loaded(new(transposable=True)),
+        refreshed(new(transposable=True), other.weight),
+        refreshed(new(), other.weight, mask=mask),
+        ste.to_sparse(),
+    ):
+        assert takes_second_pack(layer, monkeypatch)
+    for layer in (
+        one,
+        loaded(new(transposable=True), one.state_dict()),
+        dense_loaded(new()),
+        refreshed(new(transposable=True), dense.weight, mask=one.mask()),
+    ):
+        assert not takes_second_pack(layer, monkeypatch)
+    assert both.state_dict().keys() == one.state_dict().keys()
 
 
 def test_training_equals_masked_dense_training(linear):
@@ -268,11 +330,12 @@ def test_ste_layer(linear):
         Sparse24LinearSTE(4, 4, refresh="sometimes")
 
 
-def test_ste_layer_refuses_a_mask_that_is_not_transposable(linear):
+@pytest.mark.parametrize("cls", [Sparse24Linear, Sparse24LinearSTE])
+def test_a_mask_that_is_not_transposable_is_refused(linear, cls):
     mask = ops.sparse24_mask(linear.weight)
     mask[:3, 0], mask[:3, 1:4] = True, False
-    Sparse24LinearSTE.from_dense(linear, mask=mask)
-    for build in (SemiSparseLinear.from_dense, partial(Sparse24LinearSTE.from_dense, transposable=True)):
+    cls.from_dense(linear, mask=mask)
+    for build in (SemiSparseLinear.from_dense, partial(cls.from_dense, transposable=True)):
         with pytest.raises(ValueError, match="column 0 keeps"):
             build(linear, mask=mask)
 
