@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..reference import fan_in as reference
 from ._backend import Op
-from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape, check_tensor, shape
+from ._check import (
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_like,
+    check_shape,
+    check_tensor,
+    in_autocast,
+    shape,
+)
 
 COLUMN_DTYPES = (torch.int16, torch.int32)  # of `indices`
 LOSSES = {"bce": reference.BCE, "squared_hinge": reference.SQUARED_HINGE}
@@ -464,7 +473,7 @@ def _check_positives(offsets: Tensor, labels: Tensor, input: Tensor) -> None:
 
 def _check_input(input: Tensor, weight: Tensor) -> None:
     """Same dtype and device; inside autocast the op casts."""
-    if torch.is_autocast_enabled(input.device.type):
+    if in_autocast(input):
         check_device("input", input, "weight", weight)
     else:
         check_like("input", input, "weight", weight)
