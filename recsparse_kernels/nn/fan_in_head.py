@@ -7,7 +7,7 @@ labels and label order for shared inputs: HASTE (arXiv 2606.01117).
 import torch
 from torch import Tensor, nn
 
-from ..ops.fan_in import LOSSES, REDUCTIONS
+from ..ops.fan_in import LOSSES, REDUCTIONS, rows_of_positives
 from .fan_in import FixedFanInLinear
 
 ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -92,18 +92,10 @@ class FanInHead(nn.Module):
                 f"kind must be one of {list(LOSSES)} and reduction one of {list(REDUCTIONS)}; "
                 f"got {kind!r}, {reduction!r}"
             )
-        hidden, (offsets, labels) = self._hidden(input), positives
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.out_features):
-            raise IndexError(
-                f"labels must be in [0, {self.out_features}); "
-                f"got values from {int(labels.min())} to {int(labels.max())}"
-            )
-        if offsets.shape != (input.shape[0] + 1,) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"offsets must have shape [B + 1] = [{input.shape[0] + 1}] and never decrease")
-        place = self.label_place[labels.long()]
-        row = torch.arange(input.shape[0], device=labels.device).repeat_interleave(offsets.diff().long())
+        row = rows_of_positives(*positives, input, self.out_features)
+        hidden, place = self._hidden(input), self.label_place[positives[1].long()]
         in_dense = place < self.dense_labels
-        counts = torch.zeros(input.shape[0], dtype=torch.int64, device=labels.device)
+        counts = torch.zeros(input.shape[0], dtype=torch.int64, device=row.device)
         counts.index_add_(0, row[~in_dense], torch.ones_like(place[~in_dense]))
         rest = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), place[~in_dense] - self.dense_labels
         total = self.sparse.loss(self._narrow(hidden), rest, kind, "sum")
