@@ -217,7 +217,7 @@ def _write_times(report: Lines, case: dict, times: dict[str, list[float]], dense
         speedup = base / p50 if base else None
         report.write({
             **case, "backend": name, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-            "speedup_over_dense": speedup, "gb_per_s": moved,
+            "dense": dense, "speedup_over_dense": speedup, "gb_per_s": moved,
         })  # fmt: skip
         ratio = f"{speedup:6.2f}x {dense}" if base else ""
         print(f"  {name:<28} {p50:9.4f} ms ({p20:.4f}..{p80:.4f})  {ratio}", flush=True)

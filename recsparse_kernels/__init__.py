@@ -9,6 +9,7 @@ from .config import (
     set_check_indices,
     set_cpu_level,
     set_huge_pages,
+    set_tf32,
     show_config,
     use_huge_pages,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "set_check_indices",
     "set_cpu_level",
     "set_huge_pages",
+    "set_tf32",
     "show_config",
     "swap_modules",
     "training",

@@ -15,7 +15,7 @@ CHECK_INDICES = ("raise", "clamp", "none")
 HUGE_PAGES_FROM_BYTES = 1 << 22
 
 _check_indices = "raise"
-_KEEP_CHECK_INDICES = ["recsparse"] if _native.CUDA.loaded else []  # namespaces of CUDA ops
+_CUDA_NAMESPACES = ["recsparse"] if _native.CUDA.loaded else []  # of ops; each library keeps its settings
 _huge_pages = True
 
 
@@ -110,8 +110,19 @@ def set_check_indices(mode: str) -> None:
     if mode not in CHECK_INDICES:
         raise ValueError(f"mode must be one of {CHECK_INDICES}; got {mode!r}")
     _check_indices = mode
-    for namespace in _KEEP_CHECK_INDICES:
+    for namespace in _CUDA_NAMESPACES:
         getattr(torch.ops, namespace).set_check_indices(CHECK_INDICES.index(mode))
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether the CUDA kernels of the 2:4 linear and its gradients may multiply float32 as tf32 (default: no).
+
+    Tensor cores keep 10 bits of the mantissa of each factor, and sum in float32. The forward product of
+    at most 16 rows, where the weight's bytes are the time, stays at full precision. The switches of torch
+    (``torch.set_float32_matmul_precision``) are not read: a compiled graph would not see them change.
+    """
+    for namespace in _CUDA_NAMESPACES:
+        getattr(torch.ops, namespace).set_tf32(bool(allowed))
 
 
 def show_config() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu, harness
+from bench import gpu, harness, summary
 from bench.processes import Lines, run_each, run_side_by_side
 
 ROOT = Path(__file__).parents[1]
@@ -136,6 +136,33 @@ def test_a_bench_that_raises_does_not_end_the_others(lines, monkeypatch):
     error, *rest = written(lines)
     assert "does not compile" in error["error"] and done == ["b"]
     assert rest == [{"done": "a"}, {"done": "b"}]
+
+
+def test_the_summary_shows_cuda_and_triton_side_by_side(lines):
+    """As a run on a GPU writes them: checks first, candidates that ran and one that did not."""
+    op = {"check": "op", "op": "bag", "backend": "triton", "cases": 3, "of": 4, "failures": 1, "first": "off"}
+    for line in (op, {"check": "tests/gpu", "passed": False, "tail": "status 1"}):
+        lines.write(line)
+    calls = {
+        "F.linear": int,
+        "ours-native": int,
+        "ours-triton": int,
+        "ours-native-mma.sp": int,
+        "peer": fails,
+    }
+    gpu.compare(lines, "sparse24", "B=1", calls, "F.linear", work_bytes=2_000_000)
+    lines.write({"bench": "memory", "shape": "B=1", "backend": "ours-native", "peak_gib": 1.5})
+    assert summary.gpu_checks(lines.file).splitlines() == [
+        "- triton: 1 ops, 3 of 4 cases, 1 failures",
+        "  - bag: 1, off",
+        "- tests/gpu: FAILED: status 1",
+    ]
+    assert summary.gpu_table(lines.file).splitlines()[2:] == [
+        "| sparse24 | B=1 | calls | F.linear 1 ms | 1.00x 1 ms 2 GB/s<br>mma.sp 1.00x 1 ms 2 GB/s "
+        "| 1.00x 1 ms 2 GB/s | peer (CompilationError: does not compile) |",
+        "| memory | B=1 | calls |  | 1.50 GiB |  |  |",
+    ]
+    assert summary.report(lines.file).count("\n\n") == 2  # no table of CPU benches
 
 
 @pytest.mark.skipif(

@@ -10,7 +10,7 @@ from recsparse_kernels.ops._backend import OPS
 pytestmark = pytest.mark.skipif(not rk.cpu_levels(), reason="the native library is not built")
 
 CONFIGURATION = {"cpu_level", "cpu_levels", "set_cpu_level", "use_huge_pages", "set_huge_pages"}
-CONFIGURATION |= {"cuda_runtime_version", "cuda_driver_version", "set_check_indices"}
+CONFIGURATION |= {"cuda_runtime_version", "cuda_driver_version", "set_check_indices", "set_tf32"}
 
 
 def arguments(schema):

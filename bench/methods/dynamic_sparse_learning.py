@@ -26,7 +26,7 @@ HELP = "sparse embedding tables from scratch, on gowalla"
 
 # batch, epochs, learning rate, L2, updates of the topology over the run
 SETTINGS = {
-    "mf": (8192, 60, 1e-2, 1e-4),
+    "mf": (8192, 20, 1e-2, 1e-2),
     "lightgcn": (65536, 700, 3e-2, 1e-4),
     "neumf": (8192, 20, 1e-3, 0.0),
     "multvae": (512, 40, 1e-3, 0.0),

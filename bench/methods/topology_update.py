@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="default: 25 on delicious, 6 on gowalla")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--head-lr", type=float, default=3e-3, help="Adam, of fixed fan-in weights")
-    parser.add_argument("--updates", type=int, default=16, help="of the topology")
+    parser.add_argument("--updates", type=int, help="of the topology; default: 16 on delicious, 4 on gowalla")
     parser.add_argument("--evaluations", type=int, default=5, help="over a run")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="numbers of generated labels")
     parser.add_argument("--scale-batch", type=int, default=32)
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace, session: Session) -> None:
 def labelled(args: argparse.Namespace, session: Session, part: str, folder: Path) -> None:
     data = whole(load_data(folder, 0, 0))
     epochs = args.epochs or {"delicious": 25, "gowalla": 6}[part]
+    updates = args.updates or {"delicious": 16, "gowalla": 4}[part]
     steps = epochs * math.ceil(len(data.train.labels) / args.batch)
     names = args.heads.split(";") if args.heads else (HEADS if part == "delicious" else GOWALLA)
     lines = {}
@@ -110,7 +111,7 @@ def labelled(args: argparse.Namespace, session: Session, part: str, folder: Path
         for seed in args.seeds:
             config = {
                 "data": part, "head": name, "seed": seed, "batch": args.batch, "epochs": epochs,
-                "updates": args.updates, "head_lr": args.head_lr,
+                "updates": updates, "head_lr": args.head_lr,
                 "evaluations": args.evaluations,
             }  # fmt: skip
             body = functools.partial(train, data, HEADS[name], steps)

@@ -10,8 +10,8 @@
 // is ever transposed in memory. Any size and stride is taken: rows and columns outside the matrix
 // read as zeros, and rows that 16-byte accesses cannot reach go 4 bytes at a time, or (an odd
 // number of 16-bit elements) 16 bytes at a time by way of registers.
-// float32 is multiplied in full: tensor cores would keep 10 bits of it (and three products for 22
-// bits turn infinities into NaN).
+// float32 is multiplied in full, unless a kernel asks for tf32: tensor cores keep 10 bits of its
+// mantissa (and three products for 22 bits turn infinities into NaN).
 #pragma once
 
 #include "primitives.h"
@@ -241,14 +241,51 @@ struct WarpSums {
 // How an operand lies in its tile.
 enum class Layout { kAlong, kAcross };  // [m][k] and [k][m]
 
+// How float32 is multiplied.
+enum class Multiply { kFull, kTf32 };
+
+// warp_product of float32 by mma m16n8k8 tf32.
+template <Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB, int kTilesM, int kTilesN>
+__device__ __forceinline__ void warp_product_tf32(WarpSums<kTilesM, kTilesN>& sums, const float* a,
+                                                  const float* b) {
+  static_assert(kDepth % 8 == 0, "an mma takes eight values of k");
+  const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 8) {
+    uint32_t a_part[kTilesM][4];
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 16 * m + g + i % 2 * 8, depth = k + t + i / 2 * 4;
+        a_part[m][i] =
+            cvt_tf32(a[kA == Layout::kAlong ? row * kStrideA + depth : depth * kStrideA + row]);
+      }
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      uint32_t b_part[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + g, depth = k + t + i * 4;
+        b_part[i] = cvt_tf32(
+            b[kB == Layout::kAlong ? column * kStrideB + depth : depth * kStrideB + column]);
+      }
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) mma_m16n8k8_tf32(sums.at[m][n], a_part[m], b_part);
+    }
+  }
+}
+
 // sums[m, n] += sum over k < kDepth of a(m, k) b(n, k); a and b point to the warp's first row or
 // column, strides in elements.
-template <Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB, class T, int kTilesM,
-          int kTilesN>
+template <Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB,
+          Multiply kMultiply = Multiply::kFull, class T, int kTilesM, int kTilesN>
 __device__ __forceinline__ void warp_product(WarpSums<kTilesM, kTilesN>& sums, const T* a,
                                              const T* b) {
   const int lane = lane_id();
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 4 && kMultiply == Multiply::kTf32) {
+    warp_product_tf32<kA, kB, kDepth, kStrideA, kStrideB>(sums, a, b);
+  } else if constexpr (sizeof(T) == 2) {
     static_assert(kTilesN % 2 == 0 && kDepth % 16 == 0, "an ldmatrix.x4 of B feeds two tiles");
     const int q = lane / 8, j = lane % 8;  // this lane's row: j of matrix q
     const T* a_row = kA == Layout::kAlong ? a + (q % 2 * 8 + j) * kStrideA + q / 2 * 8
@@ -408,9 +445,10 @@ __device__ __forceinline__ void block_store_rounded(T* tile, const typename Grid
 }
 
 // Every warp its part of the tiles' product.
-template <class Grid, Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB, class T>
+template <class Grid, Layout kA, Layout kB, int kDepth, int kStrideA, int kStrideB,
+          Multiply kMultiply = Multiply::kFull, class T>
 __device__ __forceinline__ void block_product(typename Grid::Sums& sums, const T* a, const T* b) {
-  warp_product<kA, kB, kDepth, kStrideA, kStrideB>(
+  warp_product<kA, kB, kDepth, kStrideA, kStrideB, kMultiply>(
       sums, a + Grid::row() * (kA == Layout::kAlong ? kStrideA : 1),
       b + Grid::column() * (kB == Layout::kAlong ? kStrideB : 1));
 }

@@ -1,11 +1,19 @@
-// 2:4 linear in float32 on CUDA, at full precision, so without tensor cores: tiles of the weight
-// are expanded in shared memory; for few rows a kernel that is as fast as the weight's bytes
-// arrive.
+// 2:4 linear in float32 on CUDA: tiles of the weight are expanded in shared memory, and multiplied
+// in full, or where set_tf32 allows it on tensor cores as dense tf32 (mma.sp takes tf32 with one
+// kept of each two only, which two of each four need not be). For few rows a kernel that is as fast
+// as the weight's bytes arrive, in full.
+#include <atomic>
+
 #include "sparse24_linear.h"
 #include "sparse24_rows_kernels.cuh"
 
 namespace recsparse::sparse24 {
 namespace {
+
+std::atomic<bool> tf32_allowed = false;
+
+// Gives back what was set before.
+bool set_tf32(bool allowed) { return tf32_allowed.exchange(allowed); }
 
 template <int kRows>
 void launch_rows(const LinearCall<float>& call) {
@@ -23,6 +31,8 @@ void launch_rows(const LinearCall<float>& call) {
 
 }  // namespace
 
+bool tf32_wanted() { return tf32_allowed; }
+
 void run_linear(const LinearCall<float>& call) {
   const auto& [stream, input, weight, to, elements] = call;
   if (to.rows == 1) return launch_rows<1>(call);
@@ -31,5 +41,8 @@ void run_linear(const LinearCall<float>& call) {
   run_product<float>(stream, "sparse24_linear", LinearProduct<float>{input, weight, to}, to.rows,
                      to.columns, elements);
 }
+
+RS_CUDA_DEFINITIONS(m) { m.def("set_tf32(bool allowed) -> bool"); }
+RS_CUDA_SETTINGS(m) { m.impl("set_tf32", TORCH_BOX(&set_tf32)); }
 
 }  // namespace recsparse::sparse24

@@ -56,6 +56,10 @@ template <class T>
 using LargeShape = ProductShape<T, 128, 128, 2, 2, 32, 3>;
 template <class T>
 using SmallShape = ProductShape<T, 64, 64, 2, 2, 64 / int(sizeof(T)), 3>;
+using LargeTf32Shape = ProductShape<float, 128, 128, 2, 2, 16, 3, Multiply::kTf32>;
+using SmallTf32Shape = ProductShape<float, 64, 64, 2, 2, 16, 3, Multiply::kTf32>;
+
+bool tf32_wanted();  // as set_tf32 was told
 
 // rows x columns sums; `elements`: of the operands and the result.
 template <class Shape, class Product>
@@ -76,12 +80,18 @@ void launch_product(const Stream& stream, const char* name, Product product, int
 template <class T, class Product>
 void run_product(const Stream& stream, const char* name, const Product& product, int64_t rows,
                  int64_t columns, int64_t elements) {
+  const auto run = [&](auto shape) {
+    launch_product<decltype(shape)>(stream, name, product, rows, columns, elements);
+  };
+  const bool large =
+      ceil_div(rows, LargeShape<T>::kRows) * ceil_div(columns, LargeShape<T>::kColumns) >=
+      stream.multiprocessors();
   if constexpr (sizeof(T) == 2) {
-    if (ceil_div(rows, LargeShape<T>::kRows) * ceil_div(columns, LargeShape<T>::kColumns) >=
-        stream.multiprocessors())
-      return launch_product<LargeShape<T>>(stream, name, product, rows, columns, elements);
+    if (large) return run(LargeShape<T>());
+  } else if (tf32_wanted()) {
+    return large ? run(LargeTf32Shape()) : run(SmallTf32Shape());
   }
-  launch_product<SmallShape<T>>(stream, name, product, rows, columns, elements);
+  run(SmallShape<T>());
 }
 
 // What a product reads and writes, for most_parts.

@@ -14,11 +14,13 @@
 
 namespace recsparse::sparse24 {
 
-template <class T, int kRows, int kColumns, int kWarpsM, int kWarpsN, int kDepthOf, int kStagesOf>
+template <class T, int kRows, int kColumns, int kWarpsM, int kWarpsN, int kDepthOf, int kStagesOf,
+          Multiply kMultiplyOf = Multiply::kFull>
 struct ProductShape : WarpGrid<kRows, kColumns, kWarpsM, kWarpsN> {
   using Grid = WarpGrid<kRows, kColumns, kWarpsM, kWarpsN>;
   using Type = T;
   static constexpr int kDepth = kDepthOf, kStages = kStagesOf;
+  static constexpr Multiply kMultiply = kMultiplyOf;
   // The registers of a thread's sums allow as many; without it the compiler aims at more, and
   // spills.
   static constexpr int kMinBlocks = Grid::kWarpRows * Grid::kWarpColumns / kWarp > 64 ? 2 : 3;
@@ -90,7 +92,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     Expanded expanded;
     load(step + kStages - 1, expanded);
     block_product<typename Shape::Grid, Product::kA, Product::kB, Shape::kDepth, Tiles::A::kStride,
-                  Tiles::B::kStride>(sums, a_of(step % kStages), b_of(step % kStages));
+                  Tiles::B::kStride, Shape::kMultiply>(sums, a_of(step % kStages),
+                                                       b_of(step % kStages));
     finish_load(step + kStages - 1, expanded);
   }
   cp_async_wait<0>();

@@ -7,6 +7,8 @@ labels and label order for shared inputs: HASTE (arXiv 2606.01117).
 import torch
 from torch import Tensor, nn
 
+from ..config import get_check_indices
+from ..ops._check import INDEX_DTYPES, check_device, check_dtype, check_shape, in_autocast
 from ..ops.fan_in import LOSSES, REDUCTIONS
 from .fan_in import FixedFanInLinear
 
@@ -86,31 +88,38 @@ class FanInHead(nn.Module):
     def loss(
         self, input: Tensor, positives: tuple[Tensor, Tensor], kind: str = "bce", reduction: str = "mean"
     ) -> Tensor:
-        """As `FixedFanInLinear.loss`; only the dense block's ``[B, dense_labels]`` logits exist."""
+        """As `FixedFanInLinear.loss`; only the dense block's ``[B, dense_labels]`` logits exist.
+
+        With a dense block the host waits once for the GPU, to know how many positives are not in the block.
+        """
         if kind not in LOSSES or reduction not in REDUCTIONS:
             raise ValueError(
                 f"kind must be one of {list(LOSSES)} and reduction one of {list(REDUCTIONS)}; "
                 f"got {kind!r}, {reduction!r}"
             )
-        hidden, (offsets, labels) = self._hidden(input), positives
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < self.out_features):
-            raise IndexError(
-                f"labels must be in [0, {self.out_features}); "
-                f"got values from {int(labels.min())} to {int(labels.max())}"
-            )
-        if offsets.shape != (input.shape[0] + 1,) or bool((offsets.diff() < 0).any()):
-            raise ValueError(f"offsets must have shape [B + 1] = [{input.shape[0] + 1}] and never decrease")
-        place = self.label_place[labels.long()]
-        row = torch.arange(input.shape[0], device=labels.device).repeat_interleave(offsets.diff().long())
-        in_dense = place < self.dense_labels
-        counts = torch.zeros(input.shape[0], dtype=torch.int64, device=labels.device)
-        counts.index_add_(0, row[~in_dense], torch.ones_like(place[~in_dense]))
-        rest = torch.cat([counts.new_zeros(1), counts.cumsum(0)]), place[~in_dense] - self.dense_labels
+        offsets, labels = positives
+        check_dtype("offsets", offsets, INDEX_DTYPES)
+        check_shape("offsets", offsets, (input.shape[0] + 1,), "[B + 1]")
+        check_shape("labels", labels, (None,), "[number of positives]")
+        place, hidden = self._places("labels", labels), self._hidden(input)
+        rest = offsets, place
+        if self.dense is not None:
+            _check_offsets(offsets, labels)
+            rows = torch.arange(input.shape[0] + 1, device=labels.device)
+            at = torch.arange(labels.shape[0], device=labels.device, dtype=offsets.dtype)
+            row = (torch.searchsorted(offsets.contiguous(), at, right=True) - 1).clamp(0, input.shape[0] - 1)
+            in_dense = place < self.dense_labels
+            kept = (~in_dense).nonzero().squeeze(1)  # waits for a GPU: how many there are
+            rest = torch.searchsorted(row[kept], rows), place[kept] - self.dense_labels
         total = self.sparse.loss(self._narrow(hidden), rest, kind, "sum")
         if self.dense is not None:
-            targets = hidden.new_zeros(input.shape[0], self.dense_labels)
-            targets[row[in_dense], place[in_dense]] = 1.0
-            total = total + _dense_loss(self.dense(hidden).float(), targets.float(), kind)
+            count = input.shape[0] * self.dense_labels
+            targets = hidden.new_zeros(
+                count + 1, dtype=torch.float32
+            )  # and one for labels of the sparse part
+            targets.index_fill_(0, torch.where(in_dense, row * self.dense_labels + place, count), 1.0)
+            targets = targets[:count].view(-1, self.dense_labels)
+            total = total + _dense_loss(self.dense(hidden).float(), targets, kind)
         return (
             total
             / {"mean": input.shape[0] * self.out_features, "sum": 1, "batchmean": input.shape[0]}[reduction]
@@ -135,13 +144,7 @@ class FanInHead(nn.Module):
     def score(self, input: Tensor, candidates: Tensor) -> Tensor:
         """Logits of ``candidates [B, C]``."""
         hidden = self._hidden(input)
-        if candidates.numel() and not (
-            0 <= int(candidates.min()) and int(candidates.max()) < self.out_features
-        ):
-            raise IndexError(
-                f"candidates must be in [0, {self.out_features}); got up to {int(candidates.max())}"
-            )
-        place = self.label_place[candidates.long()]
+        place = self._places("candidates", candidates)
         if self.dense is None:
             return self.sparse.score(self._narrow(hidden), place).to(hidden.dtype)
         in_dense = place < self.dense_labels
@@ -159,9 +162,30 @@ class FanInHead(nn.Module):
     def extra_repr(self) -> str:
         return f"out_features={self.out_features}, dense_labels={self.dense_labels}"
 
+    def _places(self, name: str, labels: Tensor) -> Tensor:
+        """Positions of labels. Out of range: IndexError on the CPU; on a GPU as `set_check_indices` says, where
+        "none" gives the position behind the last, which no op reads or counts."""
+        check_dtype(name, labels, INDEX_DTYPES)
+        check_device(name, labels, "the layer", self.label_place)
+        last = self.out_features - 1
+        if labels.numel() == 0:
+            return labels.long()
+        inside = (labels >= 0) & (labels <= last)
+        mode = get_check_indices()
+        if labels.device.type == "cpu":
+            if not bool(inside.all()):
+                low, high = int(labels.min()), int(labels.max())
+                raise IndexError(
+                    f"{name} must be in [0, {self.out_features}); got values from {low} to {high}"
+                )
+        elif mode == "raise":
+            torch._assert_async(inside.all(), f"{name} must be in [0, {self.out_features})")
+        place = self.label_place[labels.long().clamp(0, last)]
+        return torch.where(inside, place, self.out_features) if mode == "none" else place
+
     def _narrow(self, hidden: Tensor) -> Tensor:
         """For a sparse part of 16 bits beside a wider encoder; autocast sees to it itself."""
-        if torch.is_autocast_enabled(hidden.device.type):
+        if in_autocast(hidden):
             return hidden
         return hidden.to(self.sparse.packed_weight.dtype)
 
@@ -219,3 +243,14 @@ def _dense_loss(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
     if kind == "bce":
         return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     return (1 - (2 * targets - 1) * logits).clamp(min=0).square().sum()
+
+
+def _check_offsets(offsets: Tensor, labels: Tensor) -> None:
+    """ValueError on the CPU; on a GPU the device asserts."""
+    wanted = f"offsets must start at 0, never decrease and end at the number of labels, {labels.shape[0]}"
+    good = (offsets[0] == 0) & (offsets[-1] == labels.shape[0]) & (offsets.diff() >= 0).all()
+    if offsets.device.type == "cpu":
+        if not bool(good):
+            raise ValueError(f"{wanted}; got {offsets.tolist()[:8]}... ending at {int(offsets[-1])}")
+    elif get_check_indices() != "none":
+        torch._assert_async(good, wanted)

@@ -36,6 +36,11 @@ def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> Non
         raise ValueError(f"{name} must be on the device of {like_name}, {like.device}; got {tensor.device}")
 
 
+def in_autocast(tensor: Tensor) -> bool:
+    """Whether ops cast the tensor; never one without data."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def check_in_features(input: Tensor, in_features: int) -> None:
     """The width a layer was made for; an op that pads or reads chosen columns would take others too."""
     check_tensor("input", input)

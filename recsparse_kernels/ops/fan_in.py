@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..reference import fan_in as reference
 from ._backend import Op
-from ._check import INDEX_DTYPES, check_device, check_dtype, check_like, check_shape, check_tensor, shape
+from ._check import (
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_like,
+    check_shape,
+    check_tensor,
+    in_autocast,
+    shape,
+)
 
 COLUMN_DTYPES = (torch.int16, torch.int32)  # of `indices`
 LOSSES = {"bce": reference.BCE, "squared_hinge": reference.SQUARED_HINGE}
@@ -81,6 +90,14 @@ class FanInUpdate:
         """Moments of the weight, for `fan_in_rewire` to reset."""
         return self.state[: self.moments]
 
+    def empty_state(self, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Shapes and dtypes of ``state``, on the meta device."""
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        parameters = [weight] if bias is None else [weight, bias]
+        return [
+            torch.empty_like(p, dtype=wide, device="meta") for p in parameters for _ in range(self.moments)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "state": list(self.state)}
 
@@ -98,10 +115,11 @@ class FanInUpdate:
                 raise ValueError(
                     f"{name} is updated in place and must be contiguous; got strides {parameter.stride()}"
                 )
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         if not self.state:
-            self.state = [torch.zeros_like(p, dtype=wide) for p in parameters for _ in range(self.moments)]
-        wanted = [tuple(p.shape) for p in parameters for _ in range(self.moments)]
+            self.state = [
+                torch.zeros_like(like, device=weight.device) for like in self.empty_state(weight, bias)
+            ]
+        wanted = [tuple(like.shape) for like in self.empty_state(weight, bias)]
         if [tuple(m.shape) for m in self.state] != wanted:
             raise ValueError(f"state must have shapes {wanted}; got {[tuple(m.shape) for m in self.state]}")
         self.state = [m.to(weight.device) for m in self.state]
@@ -462,9 +480,15 @@ def _check_positives(offsets: Tensor, labels: Tensor, input: Tensor) -> None:
     check_shape("labels", labels, (None,), "[number of positives]")
 
 
+def rows_of_positives(offsets: Tensor, labels: Tensor, input: Tensor, out_features: int) -> Tensor:
+    """The row of each positive, ``[nnz]`` int64; raises as `fan_in_loss` does. Reads the tensors on the host."""
+    _check_positives(offsets, labels, input)
+    return reference._positive_rows(offsets, labels, input.shape[0], out_features)
+
+
 def _check_input(input: Tensor, weight: Tensor) -> None:
     """Same dtype and device; inside autocast the op casts."""
-    if torch.is_autocast_enabled(input.device.type):
+    if in_autocast(input):
         check_device("input", input, "weight", weight)
     else:
         check_like("input", input, "weight", weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..reference import low_rank as reference
 from ._activation import activation_code
 from ._backend import Op
-from ._check import check_device, check_dtype, check_like, check_shape
+from ._check import check_device, check_dtype, check_like, check_shape, in_autocast
 
 _FROM_OUTPUT = (1, 4, 5)  # ReLU, sigmoid, tanh: the derivative follows from the output
 
@@ -125,7 +125,7 @@ def _check_match(input_name: str, input: Tensor, **others: Tensor) -> None:
     """Same device; same dtype outside autocast, which casts."""
     for name, tensor in others.items():
         check_dtype(name, tensor)
-        if torch.is_autocast_enabled(input.device.type):
+        if in_autocast(input):
             check_device(name, tensor, input_name, input)
         else:
             check_like(name, tensor, input_name, input)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..config import place_table
 from ..reference import masked_embedding as reference
 from ._backend import Op
-from ._check import INDEX_DTYPES, check_device, check_dtype, check_shape, check_tensor, shape
+from ._check import INDEX_DTYPES, check_device, check_dtype, check_shape, check_tensor, in_autocast, shape
 from ._lookup import check_bags, check_mode, check_sample_weights, padding_index
 from .masked_embedding_table import (
     MAX_EMBEDDING_DIM,
@@ -597,10 +597,10 @@ def masked_embedding_matmul_t(input: Tensor, table: MaskedTable, *, backend: str
     """
     _check_table(table)
     check_tensor("input", input)
-    device_type, given = input.device.type, None
-    if device_type != "meta" and torch.is_autocast_enabled(device_type) and input.is_floating_point():
+    given = None
+    if in_autocast(input) and input.is_floating_point():
         if torch.float64 not in (input.dtype, table.values.dtype):  # as torch, which leaves these alone
-            given, input = torch.get_autocast_dtype(device_type), input.to(table.values.dtype)
+            given, input = torch.get_autocast_dtype(input.device.type), input.to(table.values.dtype)
     if input.dtype != table.values.dtype:
         raise TypeError(f"input must have the dtype of table.values, {table.values.dtype}; got {input.dtype}")
     check_device("input", input, "table.values", table.values)

@@ -370,8 +370,7 @@ def _check_packed(values: Tensor, metadata: Tensor, in_features: int) -> None:
 
 
 def _check_operands(input: Tensor, name: str, weight: Tensor, bias: Tensor | None, out_features: int) -> None:
-    device_type = input.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)  # casts to one dtype
+    autocast = check.in_autocast(input)  # casts to one dtype
     for operand_name, operand in ((name, weight), ("bias", bias)):
         if operand is None:
             continue

@@ -17,7 +17,7 @@ def load_cuda_on_cpu(path: Path) -> bool:
         return False
     torch.ops.load_library(path)
     add_test_backend("cuda", "recsparse_cuda_on_cpu")
-    config._KEEP_CHECK_INDICES.append("recsparse_cuda_on_cpu")
+    config._CUDA_NAMESPACES.append("recsparse_cuda_on_cpu")
     return True
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import schedules
+
 VERSION = 1  # of what state_dict holds
 
 
@@ -60,10 +62,10 @@ class TrainingMethod:
         if (state_dict["method"], state_dict["version"]) != (name, VERSION):
             got = f"{state_dict['method']} version {state_dict['version']}"
             raise ValueError(f"state_dict must be of {name} version {VERSION}; got {got}")
-        steps = state_dict["steps"]
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps must be an int of at least 0; got {steps!r}")
+        check_count("steps", state_dict["steps"], 0)
         own, given = self._plan(), state_dict["plan"]
+        if not isinstance(given, Mapping):
+            raise ValueError(f"plan must be a mapping; got {type(given).__name__}")
         for key in sorted({*own, *given}):
             if own.get(key) != given.get(key):
                 raise ValueError(
@@ -71,9 +73,12 @@ class TrainingMethod:
                     f"{own.get(key)!r}"
                 )
         state = {key: state_dict[key] for key in self._state()}
-        self._check_state(state)
+        try:
+            self._check_state(state)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"state_dict of {name} is damaged: {type(error).__name__}: {error}") from error
         self._take_state(_copied(state))
-        self.steps = steps
+        self.steps = state_dict["steps"]
 
 
 class Tap:
@@ -138,9 +143,41 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be an int of at least {least}; got {value!r}")
 
 
+def as_optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """One or several optimizers as a list; TypeError for anything else."""
+    optimizers = [given] if isinstance(given, torch.optim.Optimizer) else list(given)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizers must be of torch.optim; got {type(optimizer).__name__}")
+    return optimizers
+
+
+def amount_text(amount: Any) -> str:
+    """What a state says of a number or schedule, to tell it from others; of a function of the user's nothing."""
+    known = (
+        amount is None or isinstance(amount, (int, float)) or type(amount).__module__ == schedules.__name__
+    )
+    return str(amount) if known else ""
+
+
+def check_trained(parameters: Mapping[str, nn.Parameter]) -> None:
+    """ValueError if one of the weights does not train, or two layers share theirs."""
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise ValueError(f"{name} does not train (requires_grad is False): leave it out of layers")
+    if len({id(parameter) for parameter in parameters.values()}) != len(parameters):
+        raise ValueError(f"two of {', '.join(parameters)} share their weight: use one layer in both places")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, or the model."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model inside DistributedDataParallel and torch.compile, or the model: names stay the same."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def check_own_weight(model: nn.Module, name: str, layer: nn.Module, *, once: bool = False) -> None:

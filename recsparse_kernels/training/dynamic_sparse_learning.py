@@ -21,10 +21,20 @@ from torch import Tensor, nn
 
 from ..nn import MaskedEmbedding, MaskedEmbeddingBag
 from ..reference.masked_embedding import _bits
-from ._method import TrainingMethod, check_count, generator, is_distributed, unwrap
+from ._method import (
+    TrainingMethod,
+    amount_text,
+    as_optimizers,
+    check_count,
+    check_tensor_state,
+    check_trained,
+    generator,
+    is_distributed,
+    unwrap,
+)
 from .dynamic_sparse_learning_scores import CandidateRows, Gradients, GradientTap
 from .dynamic_sparse_learning_table import BLOCK_ELEMENTS, Decision, Moving, PackedRows, change_mask, without
-from .schedules import Schedule, cosine
+from .schedules import cosine
 from .selection import ScoreStream, select_largest
 
 Packed = MaskedEmbedding | MaskedEmbeddingBag
@@ -66,7 +76,9 @@ class DynamicSparseLearning(TrainingMethod):
 
     Call ``step()`` after ``optimizer.step()``; all backward passes since the last call count as one batch.
     Before an update (with "last" the one pass before it) layers note gradients of their outputs: those
-    passes run outside ``torch.compile``'s full graphs. An error leaves the model as it was.
+    passes run outside ``torch.compile``'s full graphs. An error leaves the model as it was and forgets the
+    gradients noted for this step: after one of a batch whose gradients overflowed (and that a ``GradScaler``
+    skipped), catch it and go on with the next.
 
     Example:
         >>> model = nn.Sequential(MaskedEmbedding(1000, 16, density=0.5), nn.Linear(16, 1))
@@ -120,7 +132,7 @@ class DynamicSparseLearning(TrainingMethod):
         self.update_every, self.score, self.score_batches = update_every, score, score_batches
         self.ema_decay, self.candidate_rows, self.regrow = ema_decay, candidate_rows, regrow
         self.optimizer_state, self.seed, self.group = optimizer_state, seed, group
-        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.optimizers = as_optimizers(optimizers)
         self._collected = {name: self._no_rows(layer) for name, layer in self.layers.items()}
         self._arm()
 
@@ -150,18 +162,19 @@ class DynamicSparseLearning(TrainingMethod):
         fraction = self.fraction(step)
         if not 0 <= fraction <= 1:
             raise ValueError(f"fraction must be in [0, 1]; the schedule gives {fraction} at step {step}")
-        collected, gradients = self._collected, {}
-        if self.collects(step):
-            gradients = {name: self._new_gradients(name) for name in self.layers}
-            if self.score != "last":
-                collected = {name: self._merged(name, gradients[name], step) for name in self.layers}
-                gradients = {name: self._gradients(name, [collected[name]]) for name in self.layers}
+        try:
+            collected, gradients = self._collect(step)
+            decisions = None
+            if self.is_update(step):
+                decisions = {
+                    name: self._decide(name, fraction, step, gradients.get(name)) for name in self.layers
+                }
+                self._check_ranks(decisions)
+        except Exception:
+            self._arm()
+            raise
         changes = None
-        if self.is_update(step):
-            decisions = {
-                name: self._decide(name, fraction, step, gradients.get(name)) for name in self.layers
-            }
-            self._check_ranks(decisions)
+        if decisions is not None:
             changes = {
                 name: self._carry_out(name, decisions[name], gradients.get(name)) for name in self.layers
             }
@@ -171,6 +184,16 @@ class DynamicSparseLearning(TrainingMethod):
         self.steps = step
         self._arm()
         return changes
+
+    def _collect(self, step: int) -> tuple[dict[str, CandidateRows], dict[str, Gradients]]:
+        """What is collected after this step, and the gradients that rank what is regrown."""
+        if not self.collects(step):
+            return self._collected, {}
+        gradients = {name: self._new_gradients(name) for name in self.layers}
+        if self.score == "last":
+            return self._collected, gradients
+        collected = {name: self._merged(name, gradients[name], step) for name in self.layers}
+        return collected, {name: self._gradients(name, [collected[name]]) for name in self.layers}
 
     def density(self) -> dict[str, float]:
         return {name: layer.density for name, layer in self.layers.items()}
@@ -209,9 +232,11 @@ class DynamicSparseLearning(TrainingMethod):
     def _merged(self, name: str, new: Gradients, step: int) -> CandidateRows:
         keep, add = (1.0, 1.0) if self.score == "accumulate" else (self.ema_decay, 1 - self.ema_decay)
         together = max(1, BLOCK_ELEMENTS // self.layers[name].embedding_dim)
-        return self._collected[name].merged(
+        merged = self._collected[name].merged(
             new, keep, add, self.candidate_rows, together, self._seed(name, step)
         )
+        _finite(f"{name}: growth", merged.grads)
+        return merged
 
     def _seed(self, name: str, step: int, *what: str) -> int:
         return generator(self.seed, name, step, *what).initial_seed()
@@ -317,8 +342,8 @@ class DynamicSparseLearning(TrainingMethod):
                 name: (layer.num_embeddings, layer.embedding_dim, layer.nnz)
                 for name, layer in self.layers.items()
             },
-            "fraction": str(self.fraction) if isinstance(self.fraction, Schedule) else "",
-            "update_every": self.update_every, "score": self.score, "score_batches": self.score_batches,
+            "fraction": amount_text(self.fraction), "update_every": self.update_every, "score": self.score,
+            "score_batches": self.score_batches,
             "ema_decay": self.ema_decay, "candidate_rows": self.candidate_rows, "regrow": self.regrow,
             "optimizer_state": self.optimizer_state, "seed": self.seed,
         }  # fmt: skip
@@ -352,17 +377,23 @@ class DynamicSparseLearning(TrainingMethod):
                     f"collected[{name!r}] must have at most {self.candidate_rows} rows of "
                     f"{layer.embedding_dim}; got {tuple(grads.shape)} for {len(rows)} rows"
                 )
+            known = rows.dtype == torch.int64 and not bool((rows.diff() <= 0).any())
+            if not known or len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < layer.num_embeddings:
+                raise ValueError(
+                    f"rows of collected[{name!r}] must be int64, ascending, in [0, {layer.num_embeddings})"
+                )
         own = {name for name, layer in self.layers.items() if layer.fused is not None}
         if set(state["fused"]) != own:
             raise ValueError(
                 f"state_dict has fused optimizers of {sorted(state['fused'])}; here {sorted(own)}"
             )
         for name in own:
-            fused = self.layers[name].fused
+            held = state["fused"][name]
+            check_count(f"step of fused[{name!r}]", held["step"], 0)
             for key in ("state", "second_state"):
-                got, wanted = tuple(state["fused"][name][key].shape), tuple(getattr(fused, key).shape)
-                if got != wanted:
-                    raise ValueError(f"fused[{name!r}][{key!r}] must have shape {wanted}; got {got}")
+                check_tensor_state(
+                    f"fused[{name!r}][{key!r}]", held[key], getattr(self.layers[name].fused, key)
+                )
 
     def _take_state(self, state: dict[str, Any]) -> None:
         for name, layer in self.layers.items():
@@ -411,6 +442,7 @@ def _named_layers(layers) -> dict[str, Packed]:
             )
     if len({id(layer) for layer in named.values()}) != len(named):
         raise ValueError("layers must be different; one is there twice")
+    check_trained({name: layer.values for name, layer in named.items()})
     return named
 
 

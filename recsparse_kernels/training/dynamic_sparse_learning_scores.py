@@ -94,7 +94,7 @@ def _describer(layer) -> Callable:
         if op == "all_rows":
             return _AllRows(grad)
         if op == "matmul_t":
-            input = inputs[0].detach()
+            input = inputs[0].detach().clone()  # perhaps a weight, which the optimizer steps before we look
             return _Products(grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1]))
         if op == "propagate":
             adjacency = inputs[0].detach()

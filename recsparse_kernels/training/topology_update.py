@@ -20,8 +20,18 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import FanInHead, FixedFanInLinear
-from ._method import TrainingMethod, check_count, check_fraction, generator, is_distributed, unwrap
-from .schedules import Schedule
+from ._method import (
+    TrainingMethod,
+    amount_text,
+    as_optimizers,
+    check_count,
+    check_fraction,
+    check_tensor_state,
+    check_trained,
+    generator,
+    is_distributed,
+    unwrap,
+)
 from .topology_update_gradient import LossTap, check_pieces, rewire_by_gradient
 
 REGROWS = ("random", "gradient")
@@ -55,7 +65,7 @@ class TopologyUpdate(TrainingMethod):
 
     Call ``step()`` after ``optimizer.step()``. RigL sees the backward passes since the last call, before an
     update only, outside ``torch.compile``'s full graphs; where the loss is fused, it takes that batch's
-    gradient at the weights after the step. An error leaves the model as it was.
+    gradient at the weights after the step. An error leaves the model as it was and forgets the passes seen.
 
     Example:
         >>> head = FixedFanInLinear(768, 100_000, fan_in=32)
@@ -86,6 +96,9 @@ class TopologyUpdate(TrainingMethod):
         check_count("end_step", end_step)
         if (drop_fraction is None) == (drop_threshold is None):
             raise ValueError("give either drop_fraction or drop_threshold")
+        for name, amount in (("drop_fraction", drop_fraction), ("drop_threshold", drop_threshold)):
+            if amount is not None and not isinstance(amount, (int, float)) and not callable(amount):
+                raise TypeError(f"{name} must be a number or a schedule; got {amount!r}")
         if isinstance(drop_fraction, (int, float)):
             check_fraction("drop_fraction", drop_fraction, one=True)
         if isinstance(drop_threshold, (int, float)) and not drop_threshold >= 0:
@@ -109,7 +122,7 @@ class TopologyUpdate(TrainingMethod):
         self.regrow, self.scope, self.init = regrow, scope, init
         self.reset_state, self.allow_duplicates = reset_state, allow_duplicates
         self.seed, self.group = seed, group
-        self.optimizers = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        self.optimizers = as_optimizers(optimizers)
         self._arm()
 
     # ---- the schedule ----
@@ -129,7 +142,11 @@ class TopologyUpdate(TrainingMethod):
         rewired = None
         if self.is_update(step):
             fraction, threshold = self._amounts(step)
-            self._check(step)
+            try:
+                self._check(step)
+            except Exception:
+                self._arm()
+                raise
             rewired = {
                 name: self._rewire(name, layer, fraction, threshold, step)
                 for name, layer in self.layers.items()
@@ -187,7 +204,15 @@ class TopologyUpdate(TrainingMethod):
     # ---- checks ----
 
     def _check(self, step: int) -> None:
-        """All that can go wrong, before anything is changed."""
+        """All that can go wrong, on any rank, before anything is changed."""
+        try:
+            self._check_own(step)
+        except (RuntimeError, ValueError):
+            self._check_ranks(failed=True)
+            raise
+        self._check_ranks(failed=False)
+
+    def _check_own(self, step: int) -> None:
         gradient = self.regrow == "gradient"
         if gradient and not any(layer.tap.pieces for layer in self.layers.values()):
             raise RuntimeError(
@@ -207,12 +232,11 @@ class TopologyUpdate(TrainingMethod):
                     )
             if gradient:
                 check_pieces(name, layer.tap.pieces)
-        self._check_ranks()
 
-    def _check_ranks(self) -> None:
+    def _check_ranks(self, failed: bool) -> None:
         if not is_distributed(self.group):
             return
-        sums = []
+        sums = [int(failed)]
         for layer in self.layers.values():
             total = 0
             for tensor in (layer.packed_weight.detach(), layer.indices):
@@ -225,8 +249,13 @@ class TopologyUpdate(TrainingMethod):
         high = low.clone()
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
         dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
+        if failed:
+            return
+        if int(high[0]):
+            raise ValueError("another rank cannot update, as its own error says; nothing was changed")
         if not torch.equal(low, high):
-            wrong = [name for name, same in zip(self.layers, (low == high).tolist(), strict=True) if not same]
+            same = (low == high).tolist()[1:]
+            wrong = [name for name, equal in zip(self.layers, same, strict=True) if not equal]
             raise RuntimeError(
                 f"ranks no longer hold equal weights and inputs in {wrong} (a fused optimizer steps on its own "
                 "rank's gradients); nothing was changed"
@@ -235,16 +264,13 @@ class TopologyUpdate(TrainingMethod):
     # ---- state ----
 
     def _plan(self) -> dict[str, Any]:
-        def text(amount):
-            return str(amount) if amount is None or isinstance(amount, (int, float, Schedule)) else ""
-
         return {
             "layers": {
                 name: (layer.in_features, layer.out_features, layer.fan_in, layer.group_size)
                 for name, layer in self.layers.items()
             },
             "update_every": self.update_every, "end_step": self.end_step,
-            "drop_fraction": text(self.drop_fraction), "drop_threshold": text(self.drop_threshold),
+            "drop_fraction": amount_text(self.drop_fraction), "drop_threshold": amount_text(self.drop_threshold),
             "regrow": self.regrow, "scope": self.scope, "init": self.init, "reset_state": self.reset_state,
             "allow_duplicates": self.allow_duplicates, "seed": self.seed,
         }  # fmt: skip
@@ -265,11 +291,13 @@ class TopologyUpdate(TrainingMethod):
                 f"state_dict has fused optimizers of {sorted(state['fused'])}; here {sorted(own)}"
             )
         for name in own:
-            layer, given = self.layers[name], [tuple(t.shape) for t in state["fused"][name]["state"]]
-            parameters = [layer.packed_weight] if layer.bias is None else [layer.packed_weight, layer.bias]
-            wanted = [tuple(p.shape) for p in parameters for _ in range(layer.update.moments)]
-            if given and given != wanted:
-                raise ValueError(f"fused[{name!r}] must have moments of shapes {wanted}; got {given}")
+            layer, held = self.layers[name], state["fused"][name]
+            check_count(f"step of fused[{name!r}]", held["step"], 0)
+            wanted = layer.update.empty_state(layer.packed_weight, layer.bias)
+            if held["state"] and len(held["state"]) != len(wanted):
+                raise ValueError(f"fused[{name!r}] must have {len(wanted)} moments; got {len(held['state'])}")
+            for i, (given, like) in enumerate(zip(held["state"], wanted, strict=False)):
+                check_tensor_state(f"fused[{name!r}], moment {i},", given, like)
 
     def _take_state(self, state: dict[str, Any]) -> None:
         for name, held in state["fused"].items():
@@ -324,4 +352,5 @@ def _named_layers(layers) -> dict[str, FixedFanInLinear]:
             )
     if len({id(layer) for layer in named.values()}) != len(named):
         raise ValueError("layers must be different; one is there twice")
+    check_trained({name: layer.packed_weight for name, layer in named.items()})
     return named

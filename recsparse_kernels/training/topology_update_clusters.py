@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.fan_in_head import label_order
+from ..ops._check import check_shape
+from ..ops.fan_in import rows_of_positives
+from ._method import check_count, check_finite
 from .schedules import Schedule
 
 
@@ -32,6 +35,10 @@ class ClusterObjective(nn.Module):
         device=None, dtype=None,
     ):  # fmt: skip
         super().__init__()
+        if not callable(weight):
+            raise TypeError(f"weight must be a schedule, step -> weight; got {weight!r}")
+        if not isinstance(clusters, Tensor):
+            raise TypeError(f"clusters must be a tensor; got {type(clusters).__name__}")
         if clusters.dim() != 1 or clusters.dtype not in (torch.int32, torch.int64) or not len(clusters):
             raise ValueError(
                 f"clusters must be int64 [O], one for each label; got {clusters.dtype} {tuple(clusters.shape)}"
@@ -62,10 +69,8 @@ class ClusterObjective(nn.Module):
         if self.head is None:
             raise RuntimeError("the cluster head was dropped")
         offsets, labels = positives
-        if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < len(self.clusters)):
-            raise IndexError(f"labels must be in [0, {len(self.clusters)}); got up to {int(labels.max())}")
+        row = rows_of_positives(offsets, labels, hidden, len(self.clusters))
         logits = self.head(hidden)
-        row = torch.arange(len(hidden), device=labels.device).repeat_interleave(offsets.diff())
         targets = torch.zeros_like(logits)
         targets[row, self.clusters[labels.long()]] = 1
         return nn.functional.binary_cross_entropy_with_logits(logits, targets)
@@ -83,8 +88,10 @@ class ClusterObjective(nn.Module):
         self.head = None
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
-        if prefix + "head.weight" not in state_dict and rest[1]:  # saved after `drop`
-            self.head = None
+        saved = {key for key in state_dict if key.startswith(prefix)}
+        clusters = state_dict.get(prefix + "clusters")
+        if saved == {prefix + "clusters"} and clusters.shape == self.clusters.shape and rest[1]:
+            self.head = None  # saved after `drop`
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -93,11 +100,15 @@ def cluster_labels(embeddings: Tensor, size: int) -> Tensor:
 
     Args:
         embeddings: ``[O, D]``, for instance the mean features of each label's positives.
+
+    Raises:
+        ValueError: shape, size, or NaN in the embeddings.
     """
-    if size < 1:
-        raise ValueError(f"size must be at least 1; got {size}")
-    labels = len(embeddings)
-    order = label_order(torch.zeros(labels), embeddings=embeddings, group_size=max(size, 2))
-    clusters = torch.empty(labels, dtype=torch.int64)
-    clusters[order] = torch.arange(labels) // size
+    check_count("size", size)
+    check_shape("embeddings", embeddings, (None, None), "[O, D]")
+    check_finite("embeddings", embeddings)
+    labels, device = len(embeddings), embeddings.device
+    order = label_order(torch.zeros(labels, device=device), embeddings=embeddings, group_size=max(size, 2))
+    clusters = torch.empty(labels, dtype=torch.int64, device=device)
+    clusters[order] = torch.arange(labels, device=device) // size
     return clusters

@@ -71,12 +71,12 @@ class LossTap(Tap):
         input = input.detach().reshape(-1, input.shape[-1])
 
         def note(grad: Tensor) -> None:
-            grad = grad.detach()
+            grad, held = grad.detach(), input.clone()  # perhaps a weight, stepped before we look
             if op == "linear":
-                self.pieces.append(_Logits(grad.reshape(-1, grad.shape[-1]), input))
+                self.pieces.append(_Logits(grad.reshape(-1, grad.shape[-1]), held))
             else:
                 (offsets, labels), kind, reduction = rest
-                self.pieces.append(_Loss(grad, input, offsets, labels, kind, reduction))
+                self.pieces.append(_Loss(grad, held, offsets, labels, kind, reduction))
 
         if output is None:
             note(torch.ones((), device=input.device))

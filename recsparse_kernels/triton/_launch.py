@@ -22,11 +22,12 @@ _recorded: list | None = None
 
 
 def hip_options(options: dict) -> dict:
-    """The options of `launch` as they are for AMD GPUs: no ptxas, and 64 KiB of shared memory, which two
-    stages of our largest tiles fit in."""
+    """The options of `launch` as they are for AMD GPUs: no ptxas, 64 KiB of shared memory, which two stages
+    of our largest tiles fit in, and warps of 64: four have the threads of eight, and all the registers."""
     kept = {name: value for name, value in options.items() if name not in NO_SPILL}
-    if "num_stages" in kept:
-        kept["num_stages"] = min(2, kept["num_stages"])
+    for name, most in (("num_stages", 2), ("num_warps", 4)):
+        if name in kept:
+            kept[name] = min(most, kept[name])
     return kept
 
 

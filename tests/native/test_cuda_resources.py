@@ -78,6 +78,14 @@ def test_grouped_kernels_are_on_tensor_cores(kernels, name):
 
 
 @needs_cuobjdump
+def test_expanded_products_are_on_tensor_cores_but_for_float32_in_full(kernels):
+    mine = [k for k in kernels if k.name == "expanded_product_kernel"]
+    in_full = [k for k in mine if "<float" in k.instance and "(Multiply)1" not in k.instance]
+    assert in_full and len(mine) > len(in_full)
+    assert all(bool(k.instructions["HMMA"]) == (k not in in_full) for k in mine)
+
+
+@needs_cuobjdump
 def test_products_of_a_warpgroup_are_not_serialised(kernels):
     """Where the compiler cannot tell that products may overlap, it waits after each."""
     mine = [k for k in kernels if k.name == "sparse_linear_sm90_kernel"]

@@ -37,6 +37,12 @@ def test_each_kind_of_call_is_recorded_once_and_made_again(calls):
     ]
 
 
+def test_equal_tensors_are_kept_once(calls):
+    (bag,), (unpack,) = calls["masked_embedding_bag"], calls["masked_embedding_unpack"]
+    assert bag[0].data_ptr() == unpack[0].data_ptr()  # the table's values
+    assert bag[1].data_ptr() != bag[0].data_ptr()
+
+
 @pytest.mark.parametrize("wrong", [0, 1], ids=["values", "integers"])
 def test_a_wrong_result_is_a_failure(calls, wrong, monkeypatch):
     right = gpu_cases._run

@@ -340,6 +340,8 @@ def test_head_state_and_errors():
         head.loss(x, (torch.tensor([0, 1, 1, 1]), torch.tensor([50])))
     with pytest.raises(ValueError, match="offsets must have shape"):
         head.loss(x, (torch.tensor([0, 1]), torch.tensor([5])))
+    with pytest.raises(ValueError, match="offsets must start at 0, never decrease"):
+        head.loss(x, (torch.tensor([0, 2, 1, 1]), torch.tensor([5])))
     with pytest.raises(IndexError, match=r"candidates must be in \[0, 50\)"):
         head.score(x, torch.full((3, 1), -1))
 

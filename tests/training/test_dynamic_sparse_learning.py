@@ -327,8 +327,6 @@ def test_scores_that_are_not_finite_change_nothing(value):
         method.step()
     assert unchanged(model, state) and method.steps == 3
     model.zero_grad()
-    model.users.tap.pieces.clear()
-    model.items.tap.pieces.clear()
     with torch.no_grad():
         model.items.values[5] = value
     state = state_of(model)
@@ -336,6 +334,36 @@ def test_scores_that_are_not_finite_change_nothing(value):
     with pytest.raises(ValueError, match="items: scores must be finite"):
         method.step()
     assert unchanged(model, state)
+
+
+@pytest.mark.parametrize("score", ["last", "accumulate", "ema"])
+def test_goes_on_after_a_batch_that_overflowed(score):
+    """As training in float16 does: the batch is skipped, and with it what it would have left in the scores."""
+    one, other = parts(score), parts(score)
+    for model, optimizer, method in (one, other):
+        train(model, optimizer, method, 0, 3)
+        if method is one[2]:
+            (model(torch.randint(V, (8, 3))) * torch.inf).sum().backward()
+            with pytest.raises(ValueError, match="must be finite|must not hold NaN"):
+                method.step()
+        train(model, optimizer, method, 3, 8)
+        assert method.steps == 8
+    assert torch.equal(one[0].users.mask, other[0].users.mask)
+
+
+def test_scores_of_products_with_a_weight_are_those_before_its_step():
+    torch.manual_seed(9)
+    layer, query = MaskedEmbedding(V, D, density=0.3), nn.Parameter(torch.randn(4, D))
+    optimizer = torch.optim.SGD([query], lr=100.0)
+    grad = torch.randn(4, V)
+
+    def run(layer, weight):
+        (query.detach() @ weight.T).backward(grad)
+        layer.matmul_t(query).backward(grad)
+        optimizer.step()
+
+    mask, before, gradient, _ = one_update(layer, run)
+    assert torch.equal(layer.mask, expected_change(before, mask, gradient, 0.4)[0])
 
 
 def test_misuse_is_told():
@@ -352,6 +380,15 @@ def test_misuse_is_told():
     layer = MaskedEmbedding(5, 4, density=0.5)
     with pytest.raises(ValueError, match="twice"):
         DynamicSparseLearning([layer, layer], 10, 1)
+    other = MaskedEmbedding(5, 4, density=0.5)
+    other.values = layer.values
+    with pytest.raises(ValueError, match="share their weight"):
+        DynamicSparseLearning([layer, other], 10, 1)
+    other.values = nn.Parameter(layer.values.detach().clone(), requires_grad=False)
+    with pytest.raises(ValueError, match="layers\\[1\\] does not train"):
+        DynamicSparseLearning([layer, other], 10, 1)
+    with pytest.raises(TypeError, match="optimizers must be"):
+        DynamicSparseLearning(layer, 10, 1, optimizers=layer.parameters())
     with pytest.raises(ValueError, match="score_batches"):
         DynamicSparseLearning(layer, 10, 2, score="accumulate", score_batches=3)
     for name in ("score", "regrow", "optimizer_state"):
@@ -385,10 +422,44 @@ def test_a_checkpoint_of_another_topology_changes_nothing():
     other[0].load_state_dict(model.state_dict())
     other[2].load_state_dict(saved)
     assert other[2].steps == 8
+    with pytest.raises(ValueError, match="another fraction"):
+        constant_rate = DynamicSparseLearning(model, constant(0.1), 2).state_dict()
+        DynamicSparseLearning(model, constant(0.2), 2).load_state_dict(constant_rate)
     with pytest.raises(ValueError, match="another candidate_rows"):
         DynamicSparseLearning(model, 24, 3).load_state_dict(saved)
     with pytest.raises(ValueError, match="missing"):
         method.load_state_dict({"steps": 3})
+
+
+def test_a_damaged_checkpoint_changes_nothing():
+    layer = MaskedEmbedding(V, D, density=0.3)
+    fused = layer.fuse_optimizer("adam", lr=0.1)
+    method = DynamicSparseLearning(layer, constant(0.3), 3, score="ema")
+    layer(torch.arange(9)).sum().backward()
+    method.step()
+    saved, name = method.state_dict(), "layers[0]"
+    for spoil in (
+        lambda s: s.update(plan=None),
+        lambda s: s.update(masks=None),
+        lambda s: s.update(steps=True),
+        lambda s: s["collected"][name].update(rows=s["collected"][name]["rows"] + V),
+        lambda s: s["collected"][name].update(rows=s["collected"][name]["rows"].flip(0)),
+        lambda s: s["collected"][name].update(grads=None),
+        lambda s: s["fused"][name].pop("step"),
+        lambda s: s["fused"][name].update(state=s["fused"][name]["state"][:-1]),
+        lambda s: s["fused"][name].update(second_state=None),
+    ):
+        given = {**copy.deepcopy(saved), "steps": 7}
+        given["fused"][name]["state"] += 1
+        spoil(given)
+        with pytest.raises(ValueError):
+            method.load_state_dict(given)
+        assert method.steps == 1 and torch.equal(fused.state, saved["fused"][name]["state"])
+
+
+def test_names_are_those_of_the_model_inside_torch_compile():
+    """Names go into checkpoints and into the draws among equal scores."""
+    assert list(DynamicSparseLearning(torch.compile(Model()), 10, 1).layers) == ["users", "items"]
 
 
 def test_random_regrowth_and_copies():

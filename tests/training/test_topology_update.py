@@ -217,12 +217,13 @@ def test_not_finite_changes_nothing(regrow):
     if regrow == "gradient":
         with torch.no_grad():
             net.head.sparse.packed_weight[3, 2] = 0
-        net.head.sparse.tap.pieces.clear()
         net(torch.randn(B, 10) * torch.inf, positives()).backward()
         state = state_of(net)
         with pytest.raises(ValueError, match="gradients must be finite"):
             method.step()
         assert unchanged(net, state)
+        net(torch.randn(B, 10), positives()).backward()  # that batch is forgotten
+        assert method.step()
 
 
 def test_misuse_is_told():
@@ -234,6 +235,16 @@ def test_misuse_is_told():
         TopologyUpdate(layer, **given, drop_fraction=0.1, drop_threshold=0.1)
     with pytest.raises(ValueError, match="drop_fraction"):
         TopologyUpdate(layer, **given, drop_fraction=1.5)
+    with pytest.raises(TypeError, match="drop_threshold must be a number or a schedule"):
+        TopologyUpdate(layer, **given, drop_threshold="0.1")
+    with pytest.raises(TypeError, match="optimizers must be"):
+        TopologyUpdate(layer, **given, drop_fraction=0.1, optimizers=[torch.zeros(1)])
+    with pytest.raises(ValueError, match="does not train"):
+        TopologyUpdate(copy.deepcopy(layer).requires_grad_(False), **given, drop_fraction=0.1)
+    other = FixedFanInLinear(I, O, F)
+    other._parameters["weight"] = layer.packed_weight
+    with pytest.raises(ValueError, match="share their weight"):
+        TopologyUpdate([layer, other], **given, drop_fraction=0.1)
     with pytest.raises(ValueError, match="too large for regrow"):
         TopologyUpdate(layer, **given, drop_fraction=0.1, regrow="gradient", max_dense_elements=100)
     with pytest.raises(ValueError, match="regrow"):
@@ -272,6 +283,47 @@ def test_a_checkpoint_of_another_topology_changes_nothing():
         parts(drop_fraction=0.3)[2].load_state_dict(first[2].state_dict())
 
 
+def test_a_damaged_checkpoint_changes_nothing():
+    net, optimizer, method = parts(fused="adam", drop_fraction=0.2)
+    train(net, optimizer, method, 0, 2)
+    update, saved, name = net.head.sparse.update, method.state_dict(), "head.sparse"
+    before = [moment.clone() for moment in update.state]
+    for spoil in (
+        lambda s: s.update(inputs=None),
+        lambda s: s.update(fused=None),
+        lambda s: s["fused"][name].pop("step"),
+        lambda s: s["fused"][name].update(step=None),
+        lambda s: s["fused"][name].pop("state"),
+        lambda s: s["fused"][name]["state"].pop(),
+        lambda s: s["fused"][name].update(state=[m.double() for m in s["fused"][name]["state"]]),
+        lambda s: s["fused"][name].update(state=[1, 2, 3, 4]),
+    ):
+        given = {**copy.deepcopy(saved), "steps": 1}
+        spoil(given)
+        with pytest.raises(ValueError):
+            method.load_state_dict(given)
+        assert method.steps == 2 and update.step == 2
+        assert all(torch.equal(a, b) for a, b in zip(update.state, before, strict=True))
+    states = [parts(drop_fraction=constant(share))[2].state_dict() for share in (0.2, 0.3)]
+    with pytest.raises(ValueError, match="another drop_fraction"):
+        parts(drop_fraction=constant(0.2))[2].load_state_dict(states[1])
+
+
+def test_scores_of_an_input_that_is_a_weight_are_those_before_its_step():
+    torch.manual_seed(5)
+    layer, query = FixedFanInLinear(I, O, F), nn.Parameter(torch.randn(B, I))
+    other = copy.deepcopy(layer)
+    optimizer, grad = torch.optim.SGD([query], lr=100.0), torch.randn(B, O)
+    for each in (other, layer):
+        method = TopologyUpdate(each, update_every=1, end_step=2, drop_fraction=0.4, regrow="gradient")
+        query.grad = None
+        each(query).backward(grad)
+        if each is layer:
+            optimizer.step()
+        method.step()
+    assert torch.equal(layer.indices, other.indices)
+
+
 def test_cluster_objective():
     torch.manual_seed(3)
     clusters = torch.arange(O) // 10
@@ -293,6 +345,23 @@ def test_cluster_objective():
     again = ClusterObjective(I, clusters, cosine(0.4, end_step=10))
     again.load_state_dict(objective.state_dict())
     assert again.head is None
+    state = ClusterObjective(I, clusters, constant(0.1)).state_dict()
+    for foreign in (
+        {"other": torch.zeros(1)},
+        {key: value for key, value in state.items() if key != "head.weight"},
+        {"clusters": clusters[:-1]},
+    ):
+        whole = ClusterObjective(I, clusters, constant(0.1))
+        with pytest.raises(RuntimeError, match="head.weight"):
+            whole.load_state_dict(foreign)
+        assert whole.head is not None
+    for offsets in (where[0][:-1], where[0].flip(0), where[0] + 1):
+        with pytest.raises(ValueError, match="offsets must"):
+            whole.loss(hidden, (offsets, where[1]))
+        with pytest.raises(ValueError, match="offsets must"):
+            FanInHead(I, O, F, dense_labels=3).loss(hidden, (offsets, where[1]))
+    with pytest.raises(TypeError, match="weight must be a schedule"):
+        ClusterObjective(I, clusters, 0.1)
     with pytest.raises(IndexError, match="labels must be in"):
         ClusterObjective(I, clusters, constant(0.1)).loss(hidden, (where[0], where[1] + O))
     with pytest.raises(ValueError, match="clusters must be"):
@@ -307,6 +376,10 @@ def test_clusters_of_like_labels():
     assert torch.equal(clusters.bincount(), torch.full((5,), 10))
     pure = sum(int(kind[clusters == c].bincount().max()) for c in range(5))
     assert pure > 35
+    with pytest.raises(ValueError, match="embeddings holds NaN"):
+        cluster_labels(torch.full((5, 2), torch.nan), 2)
+    with pytest.raises(ValueError, match="embeddings must have shape"):
+        cluster_labels(torch.randn(5), 2)
 
 
 def on_rank(rank):
@@ -323,7 +396,13 @@ def on_rank(rank):
             optimizer.zero_grad()
             wrapped(x, positives(seed=10 * step + rank)).backward()
             optimizer.step()
-            method.step()
+            if regrow == "gradient" and step == 3 and rank == 1:  # what only one rank saw stops all
+                net.head.sparse.tap.pieces[0].grad.fill_(torch.inf)
+            try:
+                method.step()
+            except ValueError as error:
+                assert step == 3 and ("another rank" in str(error)) == (rank == 0)
+        assert method.steps == (6 if regrow == "random" else 5)
         results.append(
             [t.detach().clone().numpy() for t in (net.head.sparse.indices, net.head.sparse.packed_weight)]
         )
