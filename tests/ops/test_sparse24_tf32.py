@@ -29,7 +29,9 @@ def rounded(x):
 def products(case, activation, backend, dtype=torch.float32):
     """Output, gradient to the input, gradient to the values."""
     input, values, metadata, bias, grad = (t.to(dtype) if t.is_floating_point() else t for t in case)
-    output, _ = OPS["sparse24_linear"](input, values, metadata, bias, activation, False, backend=backend)
+    output, _ = OPS["sparse24_linear"](
+        input, values, metadata, bias, activation, False, False, backend=backend
+    )
     return (
         output,
         OPS["sparse24_linear_grad_input"](grad, values, metadata, input.shape[1], backend=backend),
