@@ -165,6 +165,26 @@ def test_the_summary_shows_cuda_and_triton_side_by_side(lines):
     assert summary.report(lines.file).count("\n\n") == 2  # no table of CPU benches
 
 
+def test_commands_run_beside_each_other_and_fail_alone(tmp_path, monkeypatch):
+    code = "import os, sys; print('at', os.environ['WHERE']); sys.exit(int(os.environ['STATUS']))"
+    commands = [
+        (name, [sys.executable, "-c", code], {"WHERE": name, "STATUS": status})
+        for name, status in (("a", "0"), ("b", "9"), ("c", "0"))
+    ]
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.run_beside(report, commands, 60)
+    found = {line["check"]: line for line in map(json.loads, report.out.read_text().splitlines())}
+    assert {name: line["passed"] for name, line in found.items()} == {"a": True, "b": False, "c": True}
+    assert "status 9: at b" in found["b"]["tail"] and report.failures == 1
+
+
+def test_a_backend_without_a_case_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_side_by_side", lambda *arguments, **options: {})
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.check_ops(report, "cpu", tmp_path / "calls", ["bag"], "cuda", 60, None, 1)
+    assert report.failures == 1 and "no case was made" in report.out.read_text()
+
+
 @pytest.mark.skipif(
     not (ROOT / "tests" / "native" / "_cuda_on_cpu.so").exists(),
     reason="built by cmake -DRECSPARSE_TESTS=ON",
