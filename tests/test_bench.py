@@ -165,6 +165,45 @@ def test_the_summary_shows_cuda_and_triton_side_by_side(lines):
     assert summary.report(lines.file).count("\n\n") == 2  # no table of CPU benches
 
 
+@pytest.mark.parametrize("line", [{"bench": "a", "error": "no"}, {"backend": "ours-triton", "missing": "no"},
+                                  {"backend": "torch-cutlass", "missing": "no"},
+                                  {"backend": "ours-triton", "graph": True, "missing": "no"}], ids=str)  # fmt: skip
+def test_our_own_candidates_have_to_run(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(gpu, "run_each", lambda command, names, write, **options: write(line) or {})
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.check_benches(report, 60)
+    failed = "error" in line or (line["backend"] == "ours-triton" and "graph" not in line)
+    assert report.failures == failed
+
+
+def test_a_slow_candidate_has_fewer_rounds(monkeypatch):
+    now, called = [0.0], {"slow": 0, "quick": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    def run(name, seconds):
+        called[name] += 1
+        now[0] += seconds
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    times = gpu.gpu_times({"slow": lambda: run("slow", 1.0), "quick": lambda: run("quick", 1e-3)}, rounds=10)
+    assert called == {"slow": 4 + 3, "quick": 4 + 10 * 2}
+    assert times["slow"] == pytest.approx([1e3] * 3) and times["quick"] == pytest.approx([1.0] * 10)
+
+
 def test_commands_run_beside_each_other_and_fail_alone(tmp_path, monkeypatch):
     code = "import os, sys; print('at', os.environ['WHERE']); sys.exit(int(os.environ['STATUS']))"
     commands = [
