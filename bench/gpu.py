@@ -3,15 +3,18 @@
     python -m bench.gpu            (make gpu)
 
 1. every op call of the tests, on each backend that runs on the GPU (bench/gpu_cases.py)
-2. tests/gpu: CUDA graphs, two streams, two processes
+2. tests/gpu: CUDA graphs, two streams, two processes; beside them some of the calls under compute-sanitizer,
+   where it is installed
 3. the benches below, side by side with torch's own layers, by CUDA events
-4. some of the calls under compute-sanitizer, where it is installed
+4. with ``--table FILE``, the measured table: which backend and which Triton configuration is the fastest.
+   ``--table recsparse_kernels/measured.json`` adds this GPU to what the package ships
 
 Each op and each bench can end its process (bench/processes.py) without the others. The calls are recorded
 first, on the CPU; ``--calls FILE`` takes those that ``python -m bench.gpu_cases record FILE`` has recorded
 elsewhere, which saves that time here.
 
 Writes bench/results/<gpu>.jsonl: a line for each op and backend, then one for each candidate of each bench.
+``python -m bench.summary`` shows them as tables.
 """
 
 import argparse
@@ -28,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -42,22 +46,26 @@ from .processes import Lines, end_group, run_each, run_side_by_side
 ROOT = Path(__file__).parents[1]
 SECONDS = 8 * 60
 BACKENDS = ("native", "triton")
+FAMILIES = ("sparse24", "masked_embedding", "low_rank", "fan_in")
 ROUNDS = 15
 ROUND_MS = 2.0
+SECONDS_EACH = 3.0  # about what the rounds of one candidate may take
 GRAPH_BELOW_MS = 1.0  # calls so short are timed in a CUDA graph too: Python may take longer than the kernels
 CACHE_BYTES = 1 << 28  # well above the last-level cache of any GPU: 60 MB on an H200
 SILENT_SECONDS = 75  # a process that writes nothing for so long hangs
 # That check ops at once: the definition on the CPU, and Triton's compiler, take most of the time.
-PROCESSES = max(1, min(8, (os.cpu_count() or 1) - 1))
+PROCESSES = max(1, min(14, (os.cpu_count() or 1) - 2))
+SANITIZERS = 4  # processes; most of their time is the start of torch
 
 
 class Report:
     """The lines of the result file, written as they come."""
 
-    def __init__(self, out: Path, device: str):
+    def __init__(self, out: Path, device: str, commit: str | None = None):
         self.out, self.failures, self._lock = out, 0, threading.Lock()
         name = torch.cuda.get_device_name() if device == "cuda" else harness.machine()["machine"]
         self.common = {**harness.machine(), "machine": name, "cuda": torch.version.cuda}
+        self.common |= {"commit": commit} if commit else {}
 
     def write(self, line: dict, failures: int = 0) -> None:
         with self._lock:
@@ -74,11 +82,33 @@ class Report:
 # ---- correctness ----
 
 
+def check_calls(report: Report, device: str, file: Path, most: int | None, seconds: float) -> None:
+    """Makes the recorded calls on every backend, side by side: compiling for Triton takes the most."""
+    if not file.exists():
+        return report.fail("ops", "no calls were recorded")
+    calls = torch.load(file, weights_only=False)
+    names = sorted(calls, key=lambda name: -len(calls[name]))  # shares of about the same size
+    native = max(1, PROCESSES // 5)
+    shares = {"native": native, "triton": max(1, PROCESSES - native)} if device == "cuda" else {"cuda": 1}
+
+    def check(backend: str) -> None:
+        check_ops(report, device, file, names, backend, seconds, most, shares[backend])
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        list(pool.map(check, shares))
+
+
 def check_ops(
-    report: Report, device: str, file: Path, names: list[str], backend: str, seconds: float, most: int | None
+    report: Report,
+    device: str,
+    file: Path,
+    names: list[str],
+    backend: str,
+    seconds: float,
+    most: int | None,
+    processes: int,
 ) -> None:
     """Makes the recorded calls of these ops on a backend."""
-    processes = PROCESSES if device == "cuda" else 1
     each = max(2.0, seconds * processes / max(1, len(names)))
 
     def command(ops: list[str], lines: Path) -> list[str]:
@@ -104,6 +134,8 @@ def check_ops(
     )  # fmt: skip
     for name, why in failed.items():
         report.fail(f"{name} on {backend}", why)
+    if not cases:
+        report.fail(backend, "no case was made: the backend is not there, or every op ended its process")
     print(f"{backend}: {cases} cases; {report.failures} failures so far", flush=True)
 
 
@@ -133,8 +165,8 @@ def run_step(report: Report, name: str, command: list[str], seconds: float, **en
 
 
 def gpu_times(candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of each candidate, interleaved, by CUDA events."""
-    repeats = {}
+    """Milliseconds of each candidate, interleaved, by CUDA events. A slow one has fewer rounds."""
+    repeats, turns = {}, {}
     for name, call in candidates.items():
         for _ in range(3):
             call()
@@ -142,10 +174,14 @@ def gpu_times(candidates: dict[str, Callable[[], object]], rounds: int = ROUNDS)
         start = time.perf_counter()
         call()
         torch.cuda.synchronize()
-        repeats[name] = max(1, round(ROUND_MS / 1e3 / max(time.perf_counter() - start, 1e-6)))
+        seconds = max(time.perf_counter() - start, 1e-6)
+        repeats[name] = max(1, round(ROUND_MS / 1e3 / seconds))
+        turns[name] = max(3, min(rounds, round(SECONDS_EACH / seconds)))
     times = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for turn in range(max(turns.values())):
         for name, call in candidates.items():
+            if turn >= turns[name]:
+                continue
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(repeats[name]):
@@ -212,7 +248,8 @@ def _write_times(report: Lines, case: dict, times: dict[str, list[float]], dense
     print(case["bench"], case["shape"], "in a CUDA graph" if case["graph"] else "", flush=True)
     for name, values in times.items():
         values = sorted(values)
-        p20, p50, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.5, 0.8))
+        p20, p80 = (values[int(q * (len(values) - 1))] for q in (0.2, 0.8))
+        p50 = statistics.median(values)
         moved = work_bytes / p50 / 1e6 if work_bytes and name.startswith("ours") else None
         speedup = base / p50 if base else None
         report.write({
@@ -397,8 +434,14 @@ def bench_fan_in_step(report: Lines) -> None:
             loss = rk.ops.fan_in_loss(x, *weights, offsets, labels, group_size=group, backend=backend)
             return torch.autograd.grad(loss, [x, layer.packed_weight])
 
-        found = ours("fan_in_loss", x.dtype, step)
-        candidates |= {f"{name}-G{group}": call for name, call in found.items()}
+        def fused(backend, layer=layer, group=group, update=rk.ops.FanInUpdate("sgd", lr=0.1)):  # noqa: B008
+            weights = (layer.packed_weight, layer.indices, layer.bias)
+            options = {"group_size": group, "backend": backend}
+            return rk.ops.fan_in_loss_step(x.detach(), *weights, offsets, labels, update, **options)
+
+        for kind, op, call in (("", "fan_in_loss", step), (" fused SGD", "fan_in_loss_step", fused)):
+            found = ours(op, x.dtype, call)
+            candidates |= {f"{name}-G{group}{kind}": run for name, run in found.items()}
     if candidates:
         compare(report, "fan_in_step", f"L={L} H={H} F={F} B={B} bf16", candidates, next(iter(candidates)))
 
@@ -463,7 +506,8 @@ def check_benches(report: Report, seconds: float) -> None:
         return [sys.executable, "-m", "bench.gpu", "--benches", ",".join(names), "--lines", str(lines)]
 
     def write(line: dict) -> None:
-        report.write(line, int("error" in line))
+        own = line.get("backend", "").startswith("ours") and not line.get("graph")
+        report.write(line, int("error" in line or ("missing" in line and own)))
         if "p50_ms" in line:
             name = f"{line['bench']} {line['shape']}" + " in a CUDA graph" * line["graph"]
             ratio = f"{line['speedup_over_dense']:6.2f}x" if line["speedup_over_dense"] else ""
@@ -483,37 +527,83 @@ Step = tuple[Callable[[float], None], float, float]
 
 
 def steps(
-    report: Report, device: str, select: str, most: int | None, calls: Path | None, folder: Path
+    report: Report,
+    device: str,
+    select: str,
+    most: int | None,
+    calls: Path | None,
+    table: Path | None,
+    folder: Path,
 ) -> Iterator[Step]:
     """What is run, in order. A step may take what it is given and those after it do not need."""
     python = [sys.executable, "-m", "bench.gpu_cases"]
     file = calls or folder / "calls.pt"
     if calls is None:
         command = [*python, "record", str(file), "--select", select]
-        command += ["--jobs", str(PROCESSES), "--seconds", "100"]
-        yield functools.partial(run_step, report, "record", command), 150, 30
-    for backend in BACKENDS if device == "cuda" else ("cuda",):
-
-        def check(seconds: float, backend=backend) -> None:
-            if not file.exists():
-                return report.fail(backend, "no calls were recorded")
-            names = sorted(torch.load(file, weights_only=False))
-            check_ops(report, device, file, names, backend, seconds, most)
-
-        yield check, 150 if device == "cuda" else SECONDS, 30
+        command += ["--jobs", str(PROCESSES), "--seconds", "60"]
+        yield functools.partial(run_step, report, "record", command), 100, 30
+    least = 60 if device == "cuda" else 30
+    check = functools.partial(check_calls, report, device, file, most)
+    yield check, 180 if device == "cuda" else SECONDS, least
     if device != "cuda":
         return
+    tune = [sys.executable, "-m", "recsparse_kernels", "bench", "--device", "cuda"]
+
+    def beside(seconds: float) -> None:
+        commands = [*on_gpu_tests(), *sanitizers(file)]
+        if table is not None:  # compiles what is timed below
+            once = [*tune, "--rounds", "1", "--tune", str(folder / "once.json"), "--family"]
+            commands += [(f"table, {family}", [*once, family], {}) for family in FAMILIES]
+        run_beside(report, commands, seconds)
+
+    yield beside, 110, 40
+    yield functools.partial(check_benches, report), 200, 120
+    if table is not None:
+        yield functools.partial(run_step, report, "table", [*tune, "--tune", str(table)]), 150, 40
+
+
+# A name, a command, and what it finds in its environment.
+Command = tuple[str, list[str], dict[str, str]]
+
+
+def on_gpu_tests() -> Iterator[Command]:
     for test in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)]
-        name = f"tests/gpu/{test.name}"
-        yield functools.partial(run_step, report, name, command, TRITON_INTERPRET="0"), 60, 15
-    yield functools.partial(check_benches, report), 240, 120
-    if shutil.which("compute-sanitizer"):
-        replay = [*python, "replay", str(file), "--most", "2", "--seconds", "1"]
-        command = ["compute-sanitizer", "--error-exitcode", "9", *replay]
-        yield functools.partial(run_step, report, "compute-sanitizer", command), 90, 0
-    else:
-        print("compute-sanitizer is not installed: skipped")
+        yield f"tests/gpu/{test.name}", command, {"TRITON_INTERPRET": "0"}
+
+
+def sanitizers(file: Path) -> Iterator[Command]:
+    """Memory checks of a few calls of each op; without torch's pools, where a neighbour's memory is no error."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=folder)
+    if found is None or not file.exists():
+        print("compute-sanitizer is not installed, or there are no calls: skipped", flush=True)
+        return
+    names = sorted(torch.load(file, weights_only=False))
+    for n in range(SANITIZERS):
+        replay = [
+            sys.executable,
+            "-m",
+            "bench.gpu_cases",
+            "replay",
+            str(file),
+            "--most",
+            "2",
+            "--seconds",
+            "1",
+        ]
+        command = [found, "--error-exitcode", "9", "--print-limit", "20", *replay]
+        yield (
+            f"compute-sanitizer, {n + 1} of {SANITIZERS}",
+            [*command, "--ops", ",".join(names[n::SANITIZERS])],
+            {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+
+
+def run_beside(report: Report, commands: list[Command], seconds: float) -> None:
+    """All at once: none of them is timed."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        list(pool.map(lambda one: run_step(report, *one[:2], seconds, **one[2]), commands))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -528,6 +618,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, help="calls of each op that are checked")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, help="measure which backend is the fastest, and add it there")
+    parser.add_argument("--commit", help="for the lines of the results, where git does not know it")
     parser.add_argument("--benches", help="only these, comma-separated, in this process")
     parser.add_argument("--lines", type=Path, default=Path(os.devnull), help="with --benches: written to")
     args = parser.parse_args(argv)
@@ -541,12 +633,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cuda-on-cpu"
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    report = Report(args.out or harness.RESULTS / f"{slug}.jsonl", args.device)
+    report = Report(args.out or harness.RESULTS / f"{slug}.jsonl", args.device, args.commit)
     print(rk.show_config(), flush=True)
     end = time.monotonic() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
-        calls = args.calls and args.calls.resolve()
-        planned = list(steps(report, args.device, args.select, args.most, calls, Path(folder)))
+        calls, table = (path and path.resolve() for path in (args.calls, args.table))
+        planned = steps(report, args.device, args.select, args.most, calls, table, Path(folder))
+        planned = list(planned)
         for n, (step, most, _) in enumerate(planned):
             kept = sum(least for _, _, least in planned[n + 1 :])
             seconds = min(most, end - time.monotonic() - kept)

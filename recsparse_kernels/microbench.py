@@ -36,9 +36,16 @@ class Case:
     make: Callable[[], tuple[nn.Module, nn.Module, tuple]]  # dense, ours, input
 
 
-def cases() -> list[Case]:
-    """A hot shape of each family, and one where dense is hard to beat."""
-    return [
+def cases(device: str = "cpu") -> list[Case]:
+    """A hot shape of each family, and one where dense is hard to beat; on a GPU some larger ones too."""
+    large = [
+        Case("sparse24", "Sparse24Linear", "B=4096 I=4096 O=4096", partial(_sparse24, 4096, 4096, 4096)),
+        Case("sparse24", "Sparse24Linear", "B=4096 I=2048 O=2048", partial(_sparse24, 4096, 2048, 2048)),
+        Case("masked_embedding", "MaskedEmbeddingBag", "V=1000000 D=64 density=0.2 16384 bags x 32",
+             partial(_masked_bag, 1_000_000, 64, 0.2, 16384, 32)),
+        Case("low_rank", "LowRankCross", "B=4096 I=3456 R=64", partial(_cross, 4096, 3456, 64)),
+    ]  # fmt: skip
+    return (large if torch.device(device).type == "cuda" else []) + [
         Case("sparse24", "Sparse24Linear", "B=512 I=1024 O=1024", partial(_sparse24, 512, 1024, 1024)),
         Case("sparse24", "Sparse24Linear", "B=8 I=4096 O=4096", partial(_sparse24, 8, 4096, 4096)),
         Case("sparse24", "Sparse24Linear", "B=64 I=64 O=64", partial(_sparse24, 64, 64, 64)),
@@ -186,10 +193,10 @@ def tune_cases(
                 report.entries += measured.entries
                 report.configs += measured.configs
                 report.skipped += measured.skipped
-    if report.entries:
-        report.path = tuning.save(report.entries, path)
-    if report.configs:
-        _configs.save(report.configs, path and path.with_name("triton_configs.json"))
+                if measured.entries:  # at once: a GPU's error ends the process
+                    report.path = tuning.save(measured.entries, path)
+                if measured.configs:
+                    _configs.save(measured.configs, path and path.with_name("triton_configs.json"))
     return report
 
 
@@ -199,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
     device, dtype = str(torch.device(args.device)), getattr(torch, args.dtype)
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU")
-    chosen = [case for case in cases() if not args.family or case.family in args.family]
+    chosen = [case for case in cases(device) if not args.family or case.family in args.family]
     if args.tune is not None:
         tune_cases(chosen, args.rounds, Path(args.tune) if args.tune else None, device).show()
         return 0

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -233,10 +233,16 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
         if key in seen or len(candidates) < 2:
             continue
         seen.add(key)
-        if "triton" in candidates:
-            run = _runner(op, args, "triton", op.key(args)[2])
-            report.configs += _configs.tune(run, _configs.gpu_name(), rounds)
-        entry = _measure(op, args, Entry(*key, candidates[0], {}), candidates, rounds)
+        run = {backend: _runner(op, args, backend, op.key(args)[2]) for backend in candidates}
+        results = {}
+        for backend in candidates:
+            try:
+                results[backend] = run[backend]()
+            except Exception as error:  # whatever a compiler or a driver raises, it is not the fastest here
+                report.skipped.append(f"{op.name}, {backend}: {type(error).__name__}: {error}"[:200])
+        if "triton" in results:
+            report.configs += _configs.tune(run["triton"], _configs.gpu_name(), rounds)
+        entry = _measure(Entry(*key, candidates[0], {}), run, results, rounds)
         if isinstance(entry, str):
             report.skipped.append(entry)
             continue
@@ -249,16 +255,19 @@ def tune(module: nn.Module, *inputs: Any, rounds: int = 9, store: bool = True, *
     return report
 
 
-def _measure(op: Op, args: tuple, entry: Entry, candidates: tuple[str, ...], rounds: int) -> Entry | str:
-    """The entry with times and the fastest backend; or why nothing is concluded."""
-    runs = {backend: _runner(op, args, backend, entry.training) for backend in candidates}
-    results = {backend: run() for backend, run in runs.items()}
+def _measure(
+    entry: Entry, runs: dict[str, Callable], results: dict[str, list[Tensor]], rounds: int
+) -> Entry | str:
+    """The entry with times and the fastest backend of those that have results; or why nothing is concluded."""
+    if "reference" not in results:
+        return f"{entry.op} {entry.shape}: nothing to compare with, the default stays"
     if not all(_agree(result, results["reference"]) for result in results.values()):
-        return f"{op.name} {entry.shape}: the backends' results differ, the default stays"
-    medians = dict(zip(runs, interleaved(list(runs.values()), rounds), strict=True))
-    fastest = min(candidates, key=medians.__getitem__)
-    if medians[candidates[0]] < MARGIN * medians[fastest]:
-        fastest = candidates[0]
+        return f"{entry.op} {entry.shape}: the backends' results differ, the default stays"
+    medians = dict(zip(results, interleaved([runs[backend] for backend in results], rounds), strict=True))
+    fastest = min(medians, key=medians.__getitem__)
+    first = next(iter(medians))  # the default, unless it does not run here
+    if medians[first] < MARGIN * medians[fastest]:
+        fastest = first
     return dataclasses.replace(
         entry, backend=fastest, milliseconds={k: round(v, 6) for k, v in medians.items()}
     )

@@ -165,6 +165,65 @@ def test_the_summary_shows_cuda_and_triton_side_by_side(lines):
     assert summary.report(lines.file).count("\n\n") == 2  # no table of CPU benches
 
 
+@pytest.mark.parametrize("line", [{"bench": "a", "error": "no"}, {"backend": "ours-triton", "missing": "no"},
+                                  {"backend": "torch-cutlass", "missing": "no"},
+                                  {"backend": "ours-triton", "graph": True, "missing": "no"}], ids=str)  # fmt: skip
+def test_our_own_candidates_have_to_run(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(gpu, "run_each", lambda command, names, write, **options: write(line) or {})
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.check_benches(report, 60)
+    failed = "error" in line or (line["backend"] == "ours-triton" and "graph" not in line)
+    assert report.failures == failed
+
+
+def test_a_slow_candidate_has_fewer_rounds(monkeypatch):
+    now, called = [0.0], {"slow": 0, "quick": 0}
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.at - self.at)
+
+    def run(name, seconds):
+        called[name] += 1
+        now[0] += seconds
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    times = gpu.gpu_times({"slow": lambda: run("slow", 1.0), "quick": lambda: run("quick", 1e-3)}, rounds=10)
+    assert called == {"slow": 4 + 3, "quick": 4 + 10 * 2}
+    assert times["slow"] == pytest.approx([1e3] * 3) and times["quick"] == pytest.approx([1.0] * 10)
+
+
+def test_commands_run_beside_each_other_and_fail_alone(tmp_path, monkeypatch):
+    code = "import os, sys; print('at', os.environ['WHERE']); sys.exit(int(os.environ['STATUS']))"
+    commands = [
+        (name, [sys.executable, "-c", code], {"WHERE": name, "STATUS": status})
+        for name, status in (("a", "0"), ("b", "9"), ("c", "0"))
+    ]
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.run_beside(report, commands, 60)
+    found = {line["check"]: line for line in map(json.loads, report.out.read_text().splitlines())}
+    assert {name: line["passed"] for name, line in found.items()} == {"a": True, "b": False, "c": True}
+    assert "status 9: at b" in found["b"]["tail"] and report.failures == 1
+
+
+def test_a_backend_without_a_case_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_side_by_side", lambda *arguments, **options: {})
+    report = gpu.Report(tmp_path / "out", "cpu")
+    gpu.check_ops(report, "cpu", tmp_path / "calls", ["bag"], "cuda", 60, None, 1)
+    assert report.failures == 1 and "no case was made" in report.out.read_text()
+
+
 @pytest.mark.skipif(
     not (ROOT / "tests" / "native" / "_cuda_on_cpu.so").exists(),
     reason="built by cmake -DRECSPARSE_TESTS=ON",

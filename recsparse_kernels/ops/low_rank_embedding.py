@@ -91,7 +91,8 @@ def _grad_table(grad_pooled: Tensor, num_embeddings: int, *lookups, sparse: bool
     rows, values, count = _rows_grad_sparse(*args, backend=backend)
     coalesced = not torch.compiler.is_compiling()
     if coalesced:  # a traced graph keeps the rest, which adds zeros: its sizes must not depend on data
-        rows, values = rows[: int(count)], values[: int(count)]
+        found = int(count)  # waits for a GPU, once
+        rows, values = rows[:found], values[:found]
     size = (num_embeddings, grad_pooled.shape[1])
     return torch.sparse_coo_tensor(rows[None], values, size, is_coalesced=coalesced, check_invariants=False)
 

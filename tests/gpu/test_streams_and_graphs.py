@@ -111,3 +111,18 @@ def test_indices_out_of_range_do_no_harm(mode):
         assert torch.equal(module(good), wanted)
     finally:
         rk.set_check_indices(before)
+
+
+@pytest.mark.parametrize("dense_labels", [0, 7])
+def test_a_head_gives_what_it_gives_on_the_cpu(dense_labels, check_indices):
+    head = rk.nn.FanInHead(12, 50, 5, group_size=4, dense_labels=dense_labels, label_order=torch.randperm(50))
+    x, labels = torch.randn(4, 12), torch.tensor([4, 49, 4, 0, 7, 30])
+    offsets, candidates = torch.tensor([0, 3, 3, 5, 6]), torch.tensor([[4, 0, 49, 30]] * 4)
+    wanted = head.loss(x, (offsets, labels)), head.score(x, candidates)
+    head, x, candidates = head.cuda(), x.cuda(), candidates.cuda()
+    found = head.loss(x, (offsets.cuda(), labels.cuda())), head.score(x, candidates)
+    check_indices("none")
+    offsets[-1], labels = 8, torch.cat([labels, torch.tensor([50, -1])])  # outside: as if they were not there
+    found += (head.loss(x, (offsets.cuda(), labels.cuda())),)
+    for one, other in zip(found, (*wanted, wanted[0]), strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-5, atol=1e-5)

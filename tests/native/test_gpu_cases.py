@@ -91,8 +91,10 @@ def test_the_ops_are_checked_in_a_process_of_their_own(calls, tmp_path, monkeypa
     monkeypatch.setattr(gpu, "SILENT_SECONDS", 600)  # a busy machine is no GPU that hangs
     file, out = tmp_path / "calls.pt", tmp_path / "out.jsonl"
     torch.save(calls, file)
-    assert gpu.main(["--device", "cpu", "--calls", str(file), "--out", str(out)]) == 0
+    options = ["--device", "cpu", "--calls", str(file), "--out", str(out), "--commit", "c0ffee"]
+    assert gpu.main(options) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["commit"] for line in lines} == {"c0ffee"}
     assert {line["op"]: (line["cases"], line["failures"]) for line in lines} == {
         "masked_embedding_bag": (1, 0),
         "masked_embedding_unpack": (1, 0),

@@ -105,6 +105,22 @@ def test_a_wrong_kernel_is_never_measured(op):
     assert report.path is None and not tuning.cache_path().exists()
 
 
+def test_a_backend_that_raises_is_left_out(op):
+    calls = []
+
+    def breaks(input, weight):  # after the layer's own call
+        calls.append(1)
+        if len(calls) > 1:
+            raise RuntimeError("out of shared memory")
+        return input * weight
+
+    NATIVE[0] = breaks
+    report = rk.tune(Probe(), X, rounds=1, store=False)
+    (entry,) = report.entries
+    assert entry.backend == "reference" and set(entry.milliseconds) == {"reference"}
+    assert "tuning_probe, native: RuntimeError: out of shared memory" in report.skipped[0]
+
+
 def test_entries_survive_the_process(op):
     NATIVE[0] = slow
     layer = Probe()
