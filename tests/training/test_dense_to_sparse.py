@@ -202,6 +202,20 @@ def test_relearn_moves_weights_between_layers():
     run(dense, dense_optimizers, method, 2, 4)  # goes on training
 
 
+def test_a_loss_still_in_scope():
+    """A graph that is alive keeps gradient accumulators that know the old number of values."""
+    _, _, method = build(relearn=True, refresh_every=1)
+    for number in range(2):
+        for ids, clicked in window(number):
+            loss = nn.functional.binary_cross_entropy_with_logits(method.sparse(ids), clicked)
+            loss.backward()
+        with torch.no_grad():
+            method._dense.table.weight.mul_(3 - number)
+            method._dense.bag.weight.pow_(3)
+        assert method.step().reallocated
+    method.sparse(window(0)[0][0]).sum().backward()
+
+
 @pytest.mark.parametrize("sparse_table", [False, True])
 def test_gradient_weighted_importance(sparse_table):
     """The running mean against the plain formula on dense tensors; rows not touched fade as well."""
