@@ -213,7 +213,7 @@ class AlternateGrowthPruning(TrainingMethod):
 
     def _macs_at(self, sparsity: float) -> int:
         if self._packed is not None:
-            return self._full_macs - (sum(self._widths.values()) // 2 if sparsity else 0)
+            return self._full_macs - (sum(self._widths.values()) - self._packed.numel if sparsity else 0)
         kept = {name: self._count(width, sparsity) for name, width in self._widths.items()}
         saved = 0
         rows = {u.producer: kept[u.producer] for u in self.units}

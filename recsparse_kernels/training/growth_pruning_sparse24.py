@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import Sparse24Linear
 from ..optimizer_remap import remap_optimizer
+from ..reference.sparse24 import padded
 from ..swap import swap_modules, unswap_modules
 from ._method import check_finite, check_own_weight, check_tensor_state, generator
 
@@ -43,6 +44,8 @@ class Sparse24Phases:
         for left in swap_modules(model, self._rules(), min_numel=0, dry_run=True).left:
             if left.name in names:
                 raise ValueError(f"layer {left.name!r} cannot become 2:4: {left.reason}")
+        layers = [model.get_submodule(name) for name in dict.fromkeys(names)]
+        self.numel = sum(x.out_features * padded(x.in_features) // 2 for x in layers)  # of all values
         self.dropped: dict[str, Tensor] = {}  # layer -> values that the mask dropped, packed as 2:4
         self._report = None
 

@@ -298,6 +298,7 @@ def test_two_four_mode():
             held = optimizer.state[model.top[0].values]
             assert held["exp_avg"].shape == model.top[0].values.shape
             method_macs = method.macs()
+            assert method._macs_at(0.5) == method_macs  # 9 inputs are stored as 16
         if i == 5:
             assert type(model.top[0]) is nn.Linear
             assert torch.equal(model.top[0].weight[~mask], before.weight[~mask])  # came back
