@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import adapters
 from .adapters import origin_of, restore_original
-from .nn._base import PackedModule
+from .nn._base import PackedModule, replace_data
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -153,4 +153,4 @@ def _set_content(tensor: Tensor, content: Tensor) -> None:
     if tensor.shape == content.shape and tensor.dtype == content.dtype:
         tensor.detach().copy_(content)
     else:
-        tensor.data = content
+        replace_data(tensor, content)

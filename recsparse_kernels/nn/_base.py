@@ -192,3 +192,15 @@ def copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
     """A frozen dense layer gives a frozen packed layer."""
     if not any(p.requires_grad for p in source.parameters()):
         target.requires_grad_(False)
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """``tensor.data = data`` of another shape; graphs that still hold the tensor do no harm.
+
+    While one does (a loss that is in scope, an old DDP wrapper), autograd uses the gradient accumulator
+    that it made for the old shape. It makes a new one only after a change of dtype or device.
+    """
+    if data.is_floating_point():
+        other = torch.float32 if tensor.dtype == torch.float64 else torch.float64
+        tensor.data = data.new_empty(0, dtype=other)
+    tensor.data = data

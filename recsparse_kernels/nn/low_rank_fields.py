@@ -178,6 +178,7 @@ class LowRankFields(PackedModule):
                 bias = torch.zeros_like(folded.bias) if linear.bias is None else linear.bias
                 shift = 0 if self.bias is None else weight.flatten(1) @ self.bias.flatten()
                 folded.bias.copy_(bias + shift)
+        copy_requires_grad(folded, linear)
         return folded.train(linear.training)
 
     def _field_weights(self) -> list[Tensor]:

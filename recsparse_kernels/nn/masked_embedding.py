@@ -42,7 +42,7 @@ from ..ops.masked_embedding_table import (
     unpack_bits,
 )
 from ..reference.masked_embedding import row_positions
-from ._base import PackedModule, copy_requires_grad
+from ._base import PackedModule, copy_requires_grad, replace_data
 
 INDEX_NAMES = ("rows", "bases", "starts", "columns")
 RECORD_NAMES = ("records", "record_starts", "record_bases")
@@ -127,7 +127,7 @@ class _MaskedBase(PackedModule):
                 with torch.no_grad():
                     self.values.copy_(table.values)
             else:
-                self.values.data = table.values.detach()
+                replace_data(self.values, table.values.detach())
                 self.values.grad = None
         else:
             self.values = nn.Parameter(table.values.detach())

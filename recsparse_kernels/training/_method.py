@@ -1,13 +1,16 @@
 """What the training methods share: checked state, seeded draws, agreement between ranks."""
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..swap_plan import unwrap as unwrap_compiled
 from . import schedules
 
 VERSION = 1  # of what state_dict holds
@@ -64,8 +67,7 @@ class TrainingMethod:
             raise ValueError(f"state_dict must be of {name} version {VERSION}; got {got}")
         check_count("steps", state_dict["steps"], 0)
         own, given = self._plan(), state_dict["plan"]
-        if not isinstance(given, Mapping):
-            raise ValueError(f"plan must be a mapping; got {type(given).__name__}")
+        _check_nesting("plan", own, given, deep=False)
         for key in sorted({*own, *given}):
             if own.get(key) != given.get(key):
                 raise ValueError(
@@ -73,6 +75,7 @@ class TrainingMethod:
                     f"{own.get(key)!r}"
                 )
         state = {key: state_dict[key] for key in self._state()}
+        _check_nesting("state_dict", self._state(), state)
         try:
             self._check_state(state)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -111,6 +114,16 @@ def _copied(value):
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item) for item in value)
     return value
+
+
+def _check_nesting(name: str, own: Any, given: Any, deep: bool = True) -> None:
+    """ValueError unless there is a mapping wherever there is one in ``own``."""
+    if not isinstance(own, dict):
+        return
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{name} must be a mapping; got {type(given).__name__}")
+    for key in own.keys() & given.keys() if deep else ():
+        _check_nesting(str(key), own[key], given[key])
 
 
 def check_tensor_state(name: str, given: Any, like: Tensor) -> None:
@@ -170,29 +183,37 @@ def check_trained(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and torch.compile, or the model: names stay the same."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
+    """The model inside the wrappers of DistributedDataParallel, DataParallel and torch.compile.
+
+    Names are those of that model, as in `swap_modules`.
+    """
+    inner = unwrap_compiled(model)
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        inner = inner.module
+    return inner if inner is model else unwrap(inner)
 
 
-def check_own_weight(model: nn.Module, name: str, layer: nn.Module, *, once: bool = False) -> None:
+def described(function: Any) -> str:
+    """``repr`` without addresses, which another process would not find again."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(function))
+
+
+def check_own_weight(
+    model: nn.Module, name: str, layer: nn.Module, *, once: bool = False, key: str = "weight"
+) -> None:
     """ValueError unless the layer's weight is a Parameter of its own, of no other layer too.
 
-    ``once``: nor may the layer itself stand in two places of the model.
+    ``once``: nor may the layer itself stand in two places of the model. ``key``: of which Parameter.
     """
-    if layer._parameters.get("weight") is None:
+    if layer._parameters.get(key) is None:
         raise ValueError(
-            f"layer {name!r} computes its weight (parametrized, normalised or pruned): undo that first"
+            f"layer {name!r} computes its {key} (parametrized, normalised or pruned): undo that first"
         )
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
+    held = layer._parameters[key]
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is held]
     owners = {id(model.get_submodule(n.rpartition(".")[0])) for n in names}
     if len(names if once else owners) > 1:
-        raise ValueError(f"layer {name!r} shares its weight: {', '.join(names)}")
+        raise ValueError(f"layer {name!r} shares its {key}: {', '.join(names)}")
 
 
 def generator(seed: int, *place: int | str) -> torch.Generator:
@@ -213,6 +234,25 @@ def all_reduce_sum(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" 
     if is_distributed(group):
         for tensor in tensors:
             dist.all_reduce(tensor, group=group)
+
+
+@contextlib.contextmanager
+def checked_together(device: torch.device, group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
+    """What fails inside on one rank fails on all, so that none waits for the decision of another."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if is_distributed(group):
+        failed = torch.tensor(int(error is not None), device=device)
+        dist.all_reduce(failed, group=group)
+        if error is None and int(failed):
+            raise ValueError(
+                f"{int(failed)} other rank(s) could not decide, see their error; nothing changed"
+            )
+    if error is not None:
+        raise error
 
 
 def agree(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:

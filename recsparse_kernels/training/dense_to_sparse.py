@@ -24,10 +24,13 @@ from ._method import (
     agree,
     check_count,
     check_fraction,
+    check_own_weight,
     check_tensor_state,
+    checked_together,
+    described,
     unwrap,
 )
-from .dense_to_sparse_scores import Importance, LayerView, Magnitude, mean_of
+from .dense_to_sparse_scores import Importance, LayerView, Magnitude, has_finite_gradient, mean_of
 from .selection import ScoreStream, select_largest
 
 PACKED = {nn.Linear: MaskedLinear, nn.Embedding: MaskedEmbedding, nn.EmbeddingBag: MaskedEmbeddingBag}
@@ -141,7 +144,8 @@ class AdaptiveDenseToSparse(TrainingMethod):
     @torch.no_grad()
     def observe(self) -> None:
         """Call after the dense model's backward, while gradients are there; only scores that weigh
-        gradients need it.
+        gradients need it. With a GradScaler, call it after ``unscale_``; gradients that are not finite are
+        left out, as it leaves out their step.
 
         Raises:
             ValueError: no layer has a gradient.
@@ -149,7 +153,8 @@ class AdaptiveDenseToSparse(TrainingMethod):
         with_grad = [n for n, layer in self._layers.items() if layer.weight.grad is not None]
         if self._importance and not with_grad:
             raise ValueError("observe() must be called after backward() and before zero_grad(): no gradients")
-        for name in with_grad if self._importance else ():
+        finite = all(has_finite_gradient(self._layers[n].weight) for n in with_grad if self._importance)
+        for name in with_grad if self._importance and finite else ():
             weight = self._layers[name].weight
             self._importance[name].add(weight.detach(), weight.grad)
 
@@ -206,16 +211,19 @@ class AdaptiveDenseToSparse(TrainingMethod):
         streams, names = [], list(self._layers)
         for name in names:
             view, weight = self._view(name), self._layers[name].weight
-            streams.append(
-                ScoreStream(weight.numel(), lambda b, e, view=view: self.score(view, b, e), weight.device)
-            )
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            streams.append(ScoreStream(
+                weight.numel(), lambda b, e, view=view, dtype=dtype: _scores(self.score, view, b, e).to(dtype),
+                weight.device, dtype,
+            ))  # fmt: skip
         least, most = [self._floors[n] for n in names], None
         if not relearn:
             least = most = [self._counts[n] for n in names]
         budget = sum(least) if most is not None else self.budget
         seed = self.seed + step
         labels = [f"score of {n!r}" for n in names]
-        chosen = select_largest(streams, budget, minimum=least, maximum=most, seed=seed, names=labels)
+        with checked_together(self._layers[names[0]].weight.device, self._group):
+            chosen = select_largest(streams, budget, minimum=least, maximum=most, seed=seed, names=labels)
         bits = {}
         for i, name in enumerate(names):
             rows, columns = self._layers[name].weight.shape
@@ -282,7 +290,8 @@ class AdaptiveDenseToSparse(TrainingMethod):
 
     def _state_changes(self, optimizer, own, parameter, layer, tables) -> list[tuple[dict, str, Tensor]]:
         tensors = {k: v for k, v in optimizer.state.get(own, {}).items() if isinstance(v, Tensor)}
-        source = next((o.state[parameter] for o in self.dense_optimizers if parameter in o.state), {})
+        dense = next((o for o in self.dense_optimizers if parameter in o.state), optimizer)
+        source = dense.state.get(parameter, {})
         given = {k: v for k, v in source.items() if isinstance(v, Tensor)}
         if self.state == "carry":
             new = self._carried(tensors, layer, tables)
@@ -292,6 +301,10 @@ class AdaptiveDenseToSparse(TrainingMethod):
                 raise ValueError(
                     f"state='dense' needs optimizers of one kind: the dense one keeps {sorted(given)}, the "
                     f"sparse one {sorted(tensors)}"
+                )
+            if not tensors and _kind(dense) != _kind(optimizer):  # it would not make what is missing
+                raise ValueError(
+                    f"state='dense' needs optimizers of one kind: got {_kind(dense)} and {_kind(optimizer)}"
                 )
         else:
             start = optimizer.defaults.get("initial_accumulator_value", 0.0)  # Adagrad's sum
@@ -333,7 +346,7 @@ class AdaptiveDenseToSparse(TrainingMethod):
     def _plan(self):
         return {
             "budget": self.budget, "refresh_every": self.refresh_every, "relearn": self.relearn,
-            "state": self.state, "seed": self.seed, "score": repr(self.score), "floors": self._floors,
+            "state": self.state, "seed": self.seed, "score": described(self.score), "floors": self._floors,
             "layers": {name: tuple(layer.weight.shape) for name, layer in self._layers.items()},
         }  # fmt: skip
 
@@ -375,9 +388,6 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Modul
         ]  # fmt: skip
     if not names:
         raise ValueError("layers: nothing in the model to prune")
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
     for name in names:
         if name not in modules:
             raise ValueError(f"layer {name!r} is not in the model")
@@ -385,8 +395,7 @@ def _chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Modul
         if type(layer) not in PACKED:
             kinds = ", ".join(kind.__name__ for kind in PACKED)
             raise TypeError(f"layer {name!r} must be one of {kinds}; got {type(layer).__name__}")
-        if len(owners[id(layer.weight)]) > 1:
-            raise ValueError(f"layer {name!r} shares its weight: {', '.join(owners[id(layer.weight)])}")
+        check_own_weight(model, name, layer, once=True)
         if not layer.weight.is_contiguous():
             raise ValueError(f"the weight of {name!r} must be contiguous")
     return {name: modules[name] for name in names}
@@ -396,7 +405,7 @@ def _budget(budget: int | float, sizes: dict[str, int]) -> int:
     total = sum(sizes.values())
     if isinstance(budget, float):
         check_fraction("budget", budget, one=True)
-        return round(budget * total)
+        return max(1, round(budget * total))
     check_count("budget", budget)
     if budget > total:
         raise ValueError(f"budget must be at most {total}, all weights of the layers; got {budget}")
@@ -408,6 +417,20 @@ def _packed_copy(model: nn.Module, layers: dict[str, nn.Module], bits: dict[str,
     packed = {name: PACKED[type(layer)].from_dense(layer, mask=bits[name]) for name, layer in layers.items()}
     memo = {id(layer): packed[name] for name, layer in layers.items()}
     return copy.deepcopy(model, memo)  # deepcopy takes what memo has for a layer
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """What decides the state it keeps."""
+    options = [key for key in ("amsgrad", "centered", "momentum") if optimizer.defaults.get(key)]
+    return " ".join([type(optimizer).__name__.replace("AdamW", "Adam"), *options])
+
+
+def _scores(score: Score, view: LayerView, begin: int, end: int) -> Tensor:
+    scores = score(view, begin, end)
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"score of {view.name!r} must be a floating tensor; got {got}")
+    return scores
 
 
 def _masked(sparse: nn.Module, name: str) -> MaskedEmbedding:

@@ -100,6 +100,12 @@ def _over(scores: Tensor, mean: float) -> Tensor:
     return torch.zeros_like(scores) if mean == 0 else scores / mean  # a NaN mean shows in every score
 
 
+def has_finite_gradient(weight: Tensor) -> bool:
+    grad = weight.grad._values() if weight.grad.is_sparse else weight.grad
+    parts = grad.split(max(1, CHUNK // max(1, weight.shape[1])))
+    return all(bool(torch.isfinite(part).all()) for part in parts)
+
+
 class Importance:
     """Running mean of ``|w g|`` of one weight, float32.
 

@@ -265,9 +265,11 @@ class FeatureMimicking(TrainingMethod):
 
         Raises:
             ValueError: not exactly one of rank, energy, budget; out of range; a budget below rank 1 of
-                each layer; nothing collected, or features that are not finite. The model is unchanged.
+                each layer; nothing collected, or features that are not finite; the layers were replaced
+                since, as by an earlier call. The model is unchanged.
         """
         self.stop()
+        self._check_in_place()
         spectra = self.spectra(factors)
         candidates = {name: self._candidate(name, found) for name, found in spectra.items()}
         picked = pick_ranks(list(candidates.values()), rank, energy, budget, multiple_of)
@@ -314,6 +316,17 @@ class FeatureMimicking(TrainingMethod):
         return CompressionReport(
             [e for e in entries if e.name not in left], left, swap, [r for r in self.fields.values() if r]
         )
+
+    def _check_in_place(self) -> None:
+        modules = dict(self._model.named_modules())
+        gone = [n for n, m in self.layers.items() if modules.get(n) is not m]
+        for name, tables in self._field_tables.items():
+            inside = {id(m) for m in modules[name].modules()} if name in modules else set()
+            gone += [] if inside.issuperset(map(id, tables)) else [name]
+        if gone:
+            raise ValueError(
+                f"layers {gone} of the model were replaced since they were collected: make a new FeatureMimicking"
+            )
 
     def _new_layer(self, name, source, found, rank, mid_activation, factors, counts) -> nn.Module:
         if isinstance(source, nn.Linear):
@@ -398,7 +411,10 @@ def _count(counts: Tensor, ids: Tensor) -> None:
 
 def _check_collected(name: str, count: int, energies: Tensor) -> None:
     if count == 0:
-        raise ValueError(f"nothing was collected for {name!r}: run the model under collecting() first")
+        raise ValueError(
+            f"nothing was collected for {name!r}: run the model under collecting() first, and not as compiled "
+            "before, when there were no hooks"
+        )
     if not bool(torch.isfinite(energies).all()):
         raise ValueError(f"the features of {name!r} are not finite (NaN or infinity): fix the model or data")
 

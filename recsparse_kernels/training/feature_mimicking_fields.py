@@ -40,11 +40,21 @@ class FieldEmbeddings(nn.Module):
 
 
 def field_tables(name: str, module: nn.Module) -> list[nn.Embedding]:
-    """The tables inside a module, in order of the fields; TypeError where they are not of one dimension."""
+    """The tables inside a module, in order of the fields.
+
+    TypeError where they are not of one dimension, or of a kind that `nn.LowRankFields` is not.
+    """
     tables = [m for m in module.modules() if type(m) is nn.Embedding]
     if not tables or len({t.embedding_dim for t in tables}) > 1:
         dims = [t.embedding_dim for t in tables]
         raise TypeError(f"fields {name!r} must hold nn.Embedding tables of one dimension; got {dims}")
+    for table in tables:
+        for option in ("padding_idx", "max_norm"):
+            if getattr(table, option) is not None:
+                raise TypeError(
+                    f"fields {name!r} must hold tables without padding_idx and max_norm, which low-rank fields "
+                    f"do not have; got {table}"
+                )
     return tables
 
 

@@ -9,14 +9,22 @@ units, how they are scored, how long phases are, what regrown units start with, 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import growth_pruning_units as hidden
 from . import schedules
-from ._method import TrainingMethod, agree, check_fraction, unwrap
+from ._method import (
+    TrainingMethod,
+    agree,
+    check_fraction,
+    check_tensor_state,
+    checked_together,
+    described,
+    unwrap,
+)
 from .growth_pruning_sparse24 import Sparse24Phases, find_linears
 from .growth_pruning_units import HiddenUnits, find_hidden_units
 from .selection import select_largest
@@ -134,7 +142,7 @@ class AlternateGrowthPruning(TrainingMethod):
         self._model, self._optimizers, self._group = unwrap(model), list(optimizers), process_group
         self.grow, self.mode, self.seed = grow, mode, seed
         self.score = hidden.SCORES[score] if isinstance(score, str) else score
-        self._score_name = score if isinstance(score, str) else getattr(score, "__qualname__", repr(score))
+        self._score_name = score if isinstance(score, str) else described(score)
         self.sparsity = 0.0
         self._kept: dict[str, Tensor] = {}  # producer -> units kept, while not all are
         self._stash: dict[str, dict[str, Tensor]] = {}  # producer -> what the others had
@@ -205,7 +213,7 @@ class AlternateGrowthPruning(TrainingMethod):
 
     def _macs_at(self, sparsity: float) -> int:
         if self._packed is not None:
-            return self._full_macs - (sum(self._widths.values()) // 2 if sparsity else 0)
+            return self._full_macs - (sum(self._widths.values()) - self._packed.numel if sparsity else 0)
         kept = {name: self._count(width, sparsity) for name, width in self._widths.items()}
         saved = 0
         rows = {u.producer: kept[u.producer] for u in self.units}
@@ -225,15 +233,24 @@ class AlternateGrowthPruning(TrainingMethod):
     def _change(self, sparsity: float, step: int = 0) -> PhaseChange:
         """Grow to full size, then prune. Whatever can fail is checked before anything changes."""
         hidden.check_optimizers(self._model, self.units, self._optimizers)
+        with checked_together(next(self._model.parameters()).device, self._group):
+            if self._packed is not None:
+                self._packed.check_weights()
+            for unit in self.units:  # NaN shows now, before growth: regrown units are finite
+                hidden.scored(self._model, unit, self.score)
         if self._packed is not None:
             self._packed.change(bool(sparsity), step)
             kept = {n: (w // 2 if sparsity else w, w) for n, w in self._widths.items()}
         else:
-            for unit in self.units:  # NaN shows now, before growth: regrown units are finite
-                hidden.scored(self._model, unit, self.score)
+            before = dict(self._kept)
             self._grow_all(step)
             if sparsity:
-                self._prune(sparsity, step)
+                try:
+                    keeps = self._choose(sparsity, step)
+                except Exception:  # growth undone: what was kept has not changed
+                    self._cut_all(before)
+                    raise
+                self._cut_all(keeps)
             kept = {n: (self._count(w, sparsity), w) for n, w in self._widths.items()}
         self.sparsity = sparsity
         return PhaseChange(step, sparsity, kept, self.macs())
@@ -249,24 +266,25 @@ class AlternateGrowthPruning(TrainingMethod):
             width = self._widths[unit.producer]
             hidden.grow(self._model, unit, keep, width, fill, self._optimizers)
 
-    def _prune(self, sparsity: float, step: int) -> None:
-        scores = [hidden.scored(self._model, unit, self.score) for unit in self.units]
-        keeps = []
-        for unit, score in zip(self.units, scores, strict=True):
-            count = self._count(self._widths[unit.producer], sparsity)
-            keeps.append(
-                select_largest(score, count, seed=self.seed + step).mask(0).nonzero().squeeze(1).cpu()
-            )
-        moved = [keep.to(score.device) for keep, score in zip(keeps, scores, strict=True)]
-        agree(moved, self._group)
-        for unit, keep in zip(self.units, moved, strict=True):
-            self._cut(unit, keep.cpu())
+    def _choose(self, sparsity: float, step: int) -> dict[str, Tensor]:
+        """The units of each producer that stay, ascending; the same on all ranks."""
+        keeps = {}
+        with checked_together(next(self._model.parameters()).device, self._group):
+            for unit in self.units:
+                score = hidden.scored(self._model, unit, self.score)
+                count = self._count(self._widths[unit.producer], sparsity)
+                label = [f"score of {unit.producer!r}"]
+                chosen = select_largest(score, count, seed=self.seed + step, names=label)
+                keeps[unit.producer] = chosen.mask(0).nonzero().squeeze(1)
+        agree(keeps.values(), self._group)
+        return {name: keep.cpu() for name, keep in keeps.items()}
 
-    def _cut(self, unit: HiddenUnits, keep: Tensor) -> None:
-        stash = hidden.cut(self._model, unit, keep, self._optimizers)
-        if self.grow != "frozen":  # only shapes are needed to make fresh ones
-            stash = {name: held[:0].new_empty(1).expand(held.shape) for name, held in stash.items()}
-        self._kept[unit.producer], self._stash[unit.producer] = keep, stash
+    def _cut_all(self, keeps: dict[str, Tensor]) -> None:
+        for unit in self.units if keeps else ():
+            stash = hidden.cut(self._model, unit, keeps[unit.producer], self._optimizers)
+            if self.grow != "frozen":  # only shapes are needed to make fresh ones
+                stash = {name: held[:0].new_empty(1).expand(held.shape) for name, held in stash.items()}
+            self._kept[unit.producer], self._stash[unit.producer] = keeps[unit.producer], stash
 
     # -- state -------------------------------------------------------------------------------------------
 
@@ -285,19 +303,30 @@ class AlternateGrowthPruning(TrainingMethod):
     def _check_state(self, state) -> None:
         names = set(self._widths) if self._packed is None else set()
         kept, stash = state["kept"], state["stash"]
-        if not isinstance(kept, dict) or set(kept) not in (set(), names):
+        planned = {0.0, *(s for _, s in self.plan.pieces)}
+        if state["sparsity"] not in planned:
+            raise ValueError(
+                f"sparsity must be one of the plan, {sorted(planned)}; got {state['sparsity']!r}"
+            )
+        if set(kept) not in (set(), names):
             raise ValueError(f"kept must be empty or have {sorted(names)}; got {sorted(kept)}")
         if bool(kept) != bool(state["sparsity"] and names):
             raise ValueError(f"kept and sparsity {state['sparsity']} contradict each other")
         for name, keep in kept.items():
             width, count = self._widths[name], self._count(self._widths[name], state["sparsity"])
-            fits = keep.dtype == torch.int64 and keep.shape == (count,) and bool((keep.diff() > 0).all())
-            if not fits or int(keep[0]) < 0 or int(keep[-1]) >= width:
+            check_tensor_state(f"kept of {name!r}", keep, torch.empty(count, dtype=torch.int64))
+            if not bool((keep.diff() > 0).all()) or int(keep[0]) < 0 or int(keep[-1]) >= width:
                 raise ValueError(
-                    f"kept of {name!r} must be {count} ascending units below {width}; got {tuple(keep.shape)}"
+                    f"kept of {name!r} must be {count} ascending units below {width}; got {keep}"
                 )
-        if self.grow == "frozen" and set(stash) != set(kept):
-            raise ValueError(f"stash must have {sorted(kept)}; got {sorted(stash)}")
+        if self.grow == "frozen":
+            if set(stash) != set(kept):
+                raise ValueError(f"stash must have {sorted(kept)}; got {sorted(stash)}")
+            for name, wanted in self._stash_like(kept).items():
+                if not isinstance(stash[name], Mapping) or set(stash[name]) != set(wanted):
+                    raise ValueError(f"stash of {name!r} must have {sorted(wanted)}")
+                for key, like in wanted.items():
+                    check_tensor_state(f"stash of {name!r}, {key}", stash[name][key], like)
         if self._packed is not None:
             self._packed.check_state(state["packed"], bool(state["sparsity"]))
 
@@ -305,8 +334,23 @@ class AlternateGrowthPruning(TrainingMethod):
         if self._packed is not None:
             self._packed.take_state(state["packed"], bool(state["sparsity"]))
         self._grow_all(step=0)
-        for unit in self.units if state["kept"] else ():
-            self._cut(unit, state["kept"][unit.producer])
-            if self.grow == "frozen":
-                self._stash[unit.producer] = state["stash"][unit.producer]
+        self._cut_all(state["kept"])
+        if self.grow == "frozen":
+            self._stash = state["stash"]
         self.sparsity = state["sparsity"]
+
+    def _stash_like(self, kept: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Shapes and dtypes of what units cut in this order leave behind; no data."""
+        shapes: dict[str, list[int]] = {}
+        for unit in self.units:
+            for name, place in hidden.places(self._model, unit).items():
+                shapes.setdefault(name, list(place.tensor.shape))[place.dim] = self._widths[unit.producer]
+        found = {}
+        for unit in self.units if kept else ():
+            found[unit.producer] = {}
+            for name, place in hidden.places(self._model, unit).items():
+                count = len(kept[unit.producer])
+                shapes[name][place.dim] -= count
+                found[unit.producer][name] = place.tensor.new_empty(shapes[name], device="meta")
+                shapes[name][place.dim] = count
+        return found

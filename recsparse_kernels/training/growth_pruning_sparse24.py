@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import Sparse24Linear
 from ..optimizer_remap import remap_optimizer
+from ..reference.sparse24 import padded
 from ..swap import swap_modules, unswap_modules
 from ._method import check_finite, check_own_weight, check_tensor_state, generator
 
@@ -41,6 +42,11 @@ class Sparse24Phases:
                 raise TypeError(f"layer {name!r} must be an nn.Linear; got {type(module).__name__}")
             check_own_weight(model, name, module)
         self.model, self.names, self.optimizers, self.grow, self.seed = model, names, optimizers, grow, seed
+        for left in swap_modules(model, self._rules(), min_numel=0, dry_run=True).left:
+            if left.name in names:
+                raise ValueError(f"layer {left.name!r} cannot become 2:4: {left.reason}")
+        layers = [model.get_submodule(name) for name in dict.fromkeys(names)]
+        self.numel = sum(x.out_features * padded(x.in_features) // 2 for x in layers)  # of all values
         self.dropped: dict[str, Tensor] = {}  # layer -> values that the mask dropped, packed as 2:4
         self._report = None
 
@@ -51,19 +57,24 @@ class Sparse24Phases:
     def is_packed(self, module: nn.Module) -> bool:
         return isinstance(module, Sparse24Linear)
 
-    def change(self, sparse: bool, step: int) -> None:
+    def check_weights(self) -> None:
+        """ValueError if a weight is NaN."""
         for name in self.names:
             layer = self.model.get_submodule(name)
             check_finite(f"weight of {name!r}", layer.values if self.sparse else layer.weight)
+
+    def change(self, sparse: bool, step: int) -> None:
         self.to_dense(step)
         if sparse:
             self.to_sparse()
 
+    def _rules(self) -> dict:
+        return {name: lambda m: Sparse24Linear.from_dense(m, transposable=True) for name in self.names}
+
     def to_sparse(self) -> None:
         if self.grow == "frozen":
             self.dropped = {name: self._packed_rest(name) for name in self.names}
-        rules = {name: lambda m: Sparse24Linear.from_dense(m, transposable=True) for name in self.names}
-        self._report = swap_modules(self.model, rules, min_numel=0)
+        self._report = swap_modules(self.model, self._rules(), min_numel=0)
         self._carry(self._report)
 
     @torch.no_grad()

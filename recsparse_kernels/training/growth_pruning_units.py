@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..nn._base import replace_data
 from ._method import check_finite, check_own_weight, generator
 
 # what may stand between the two layers: acts on each unit alone
@@ -43,33 +44,40 @@ def find_hidden_units(model: nn.Module) -> list[HiddenUnits]:
     place of the model are left out.
     """
     uses = collections.Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    inner = {id(c) for m in model.modules() if isinstance(m, nn.Sequential) for c in m.children()}
+    uses.update(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    inner = {id(c) for m in model.modules() if _is_chain(m) for c in m.children()}
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Sequential) and id(module) not in inner:
+        if _is_chain(module) and id(module) not in inner:
             found += _pairs(list(_flat(module, name)), uses)
     return found
+
+
+def _is_chain(module: nn.Module) -> bool:
+    """A subclass may have a forward of its own, a residual one say."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _flat(chain: nn.Sequential, name: str) -> Iterator[tuple[str, nn.Module]]:
     for key, child in chain._modules.items():  # a layer that stands there twice, twice
         full = f"{name}.{key}" if name else key
-        if isinstance(child, nn.Sequential):
+        if _is_chain(child):
             yield from _flat(child, full)
         else:
             yield full, child
 
 
 def _pairs(chain: list[tuple[str, nn.Module]], uses: Mapping[int, int]) -> Iterator[HiddenUnits]:
-    producer, norms = None, []
+    producer, norms, width = None, [], 0
     for name, layer in chain:
-        if type(layer) is nn.Linear and uses[id(layer._parameters.get("weight"))] == 1:
+        own = all(uses[id(held)] == 1 for held in (layer, *layer._parameters.values()) if held is not None)
+        if type(layer) is nn.Linear and own and "weight" in layer._parameters:
             if producer is not None:
                 yield HiddenUnits(producer, name, tuple(norms))
-            producer, norms = name, []
-        elif type(layer) is nn.BatchNorm1d:
+            producer, norms, width = name, [], layer.out_features
+        elif type(layer) is nn.BatchNorm1d and own and producer is not None and layer.num_features == width:
             norms.append(name)
-        elif not isinstance(layer, ELEMENTWISE):
+        elif type(layer) not in ELEMENTWISE:
             producer, norms = None, []
 
 
@@ -91,6 +99,8 @@ def check_units(model: nn.Module, units: list[HiddenUnits]) -> None:
                     f"{role} {name!r} must be an nn.Linear, the layers that can be cut; got {got}"
                 )
             check_own_weight(model, name, layers[role], once=True)
+        if layers["producer"].bias is not None:
+            check_own_weight(model, unit.producer, layers["producer"], once=True, key="bias")
         width = layers["producer"].out_features
         if layers["consumer"].in_features != width:
             raise ValueError(
@@ -101,6 +111,10 @@ def check_units(model: nn.Module, units: list[HiddenUnits]) -> None:
             norm = model.get_submodule(name)
             if type(norm) is not nn.BatchNorm1d or norm.num_features != width:
                 raise TypeError(f"norm {name!r} must be an nn.BatchNorm1d over {width} units; got {norm}")
+            if sum(m is norm for _, m in model.named_modules(remove_duplicate=False)) > 1:
+                raise ValueError(f"norm {name!r} stands in several places of the model")
+            for key in norm._parameters if norm.affine else ():
+                check_own_weight(model, name, norm, once=True, key=key)
         if unit.producer in seen:
             raise ValueError(f"producer {unit.producer!r} is named twice")
         seen.add(unit.producer)
@@ -210,10 +224,12 @@ def grow(
     dropped = complement(keep, width)
     for name, place in places(model, unit).items():
 
-        def widen(value: Tensor, key: str | None, optimizer, name: str = name, dim: int = place.dim):
+        def widen(value: Tensor, key: str | None, optimizer, name: str = name, place: _Place = place):
+            dim = place.dim
             shape = list(value.shape)
             shape[dim] = width
-            out = value.new_full(shape, 0.0 if key is None else initial_state(optimizer, key))
+            start = 0.0 if key is None else initial_state(optimizer, place.tensor, key)
+            out = value.new_full(shape, start)
             out.index_copy_(dim, keep.to(value.device), value)
             if key is None:
                 out.index_copy_(dim, dropped.to(value.device), fill[name].to(value))
@@ -237,15 +253,20 @@ def _replace(place: _Place, optimizers: list, change: Callable) -> None:
                     state[key] = change(value, key, optimizer)
         if isinstance(tensor, nn.Parameter):
             tensor.grad = None
-            tensor.data = change(tensor.data, None, None)  # the same Parameter: groups and schedulers go on
+            # the same Parameter: groups and schedulers go on
+            replace_data(tensor, change(tensor.detach(), None, None))
         else:
             setattr(place.module, place.name, change(tensor, None, None))
 
 
-def initial_state(optimizer: torch.optim.Optimizer, key: str) -> float:
+def initial_state(optimizer: torch.optim.Optimizer, parameter: Tensor, key: str) -> float:
     """What a new element of the optimizer's state starts at."""
+    groups = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    group = next(groups, optimizer.defaults)
     if isinstance(optimizer, torch.optim.Adagrad) and key == "sum":
-        return optimizer.defaults["initial_accumulator_value"]
+        return group["initial_accumulator_value"]
+    if isinstance(optimizer, torch.optim.Rprop) and key == "step_size":
+        return float(group["lr"])
     return 0.0
 
 

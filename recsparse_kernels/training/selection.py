@@ -31,7 +31,7 @@ class ScoreStream:
         numel: how many.
         chunk: ``chunk(begin, end)`` gives scores ``[end - begin]``; the same at every call.
         device: of what ``chunk`` gives.
-        dtype: likewise.
+        dtype: of what ``chunk`` gives; narrower ones may be given for float32.
     """
 
     numel: int
@@ -48,6 +48,8 @@ class ScoreStream:
             scores = self.chunk(at, stop)
             if scores.shape != (stop - at,):
                 raise ValueError(f"{name}: wanted {stop - at} scores; got shape {tuple(scores.shape)}")
+            if (scores.dtype == torch.float64) != (self.dtype == torch.float64):
+                raise TypeError(f"{name}: the stream was said to be {self.dtype}; got {scores.dtype}")
             yield at, scores
 
 

@@ -202,6 +202,20 @@ def test_relearn_moves_weights_between_layers():
     run(dense, dense_optimizers, method, 2, 4)  # goes on training
 
 
+def test_a_loss_still_in_scope():
+    """A graph that is alive keeps gradient accumulators that know the old number of values."""
+    _, _, method = build(relearn=True, refresh_every=1)
+    for number in range(2):
+        for ids, clicked in window(number):
+            loss = nn.functional.binary_cross_entropy_with_logits(method.sparse(ids), clicked)
+            loss.backward()
+        with torch.no_grad():
+            method._dense.table.weight.mul_(3 - number)
+            method._dense.bag.weight.pow_(3)
+        assert method.step().reallocated
+    method.sparse(window(0)[0][0]).sum().backward()
+
+
 @pytest.mark.parametrize("sparse_table", [False, True])
 def test_gradient_weighted_importance(sparse_table):
     """The running mean against the plain formula on dense tensors; rows not touched fade as well."""
@@ -229,6 +243,40 @@ def test_cost_aware():
     aware = CostAware(Magnitude(), {"mlp.0": 4.0})
     costly = AdaptiveDenseToSparse(dense, 0.3, layers=LAYERS, score=aware).densities
     assert costly["mlp.0"] < plain["mlp.0"] and costly["table"] > plain["table"]
+
+
+def test_gradients_that_overflowed_are_left_out():
+    """As GradScaler leaves out their step; else no refresh would ever be possible again."""
+    method = build(score=GradientWeighted())[2]
+    dense = method._dense
+    ids, clicked = window(0)[0]
+    nn.functional.binary_cross_entropy_with_logits(dense(ids), clicked).backward()
+    method.observe()
+    before = method.state_dict()["importance"]
+    dense.mlp[0].weight.grad[3, 3] = torch.inf
+    method.observe()
+    torch.testing.assert_close(method.state_dict()["importance"], before, rtol=0, atol=0)
+
+
+def test_float64_scores_are_compared_in_float64():
+    dense = nn.Sequential(nn.Linear(40, 25)).double()
+    order = torch.randperm(1000).view(25, 40)
+    with torch.no_grad():
+        dense[0].weight.copy_(1 + 1e-12 * order.double())  # all equal in float32
+    method = AdaptiveDenseToSparse(dense, 0.3, layers=["0"])
+    assert torch.equal(dense_mask(method, "0"), order >= 700)
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adagrad, lambda p: torch.optim.Adam(p, amsgrad=True)])
+def test_optimizers_of_two_kinds(other):
+    """Before the sparse one has state: it would take the other's for its own, and miss some."""
+    dense, dense_optimizers, method = build(refresh_every=1)
+    method.dense_optimizers = [torch.optim.Adam(dense.parameters())]
+    method.sparse_optimizers = [other(method.sparse.parameters())]
+    train(dense, method.dense_optimizers, window(0))
+    with pytest.raises(ValueError, match="needs optimizers of one kind"):
+        method.step()
+    assert method.steps == 0
 
 
 def test_any_mask():
@@ -311,6 +359,12 @@ def test_bad_input():
     ]:
         with pytest.raises(error, match=message):
             AdaptiveDenseToSparse(dense, **{"budget": 0.3, "layers": LAYERS, **options})
+    with pytest.raises(TypeError, match="score of 'table' must be a floating tensor; got torch.int64"):
+        AdaptiveDenseToSparse(
+            dense, 0.3, layers=LAYERS, score=lambda layer, b, e: layer.weight[b:e].abs().long()
+        )
+    with pytest.raises(ValueError, match="layer '0' computes its weight"):
+        AdaptiveDenseToSparse(nn.Sequential(nn.utils.spectral_norm(nn.Linear(80, 80))), 0.3)
     tied = nn.Sequential(nn.Linear(80, 80), nn.Linear(80, 80))
     tied[1].weight = tied[0].weight
     with pytest.raises(ValueError, match="'0' shares its weight: 0.weight, 1.weight"):
@@ -336,6 +390,20 @@ def test_nan_leaves_the_sparse_model():
         method.load_state_dict({**state, "counts": {**state["counts"], "bag": 10**6}})
     with pytest.raises(ValueError, match="another score"):
         build(score=GradientWeighted(), refresh_every=1)[2].load_state_dict(state)
+
+
+def _nan_on_one(rank):
+    dense = clicks()
+    method = AdaptiveDenseToSparse(dense, 0.3, layers=LAYERS)
+    with torch.no_grad():
+        dense.mlp[0].weight[0, 0] = torch.nan if rank else 1.0
+    with pytest.raises(ValueError, match="must not hold NaN" if rank else "1 other rank"):
+        method.step()
+    return method.steps
+
+
+def test_nan_on_one_rank_stops_all(tmp_path):
+    assert on_two_ranks(_nan_on_one, tmp_path) == [0, 0]
 
 
 def _two_ranks(rank):

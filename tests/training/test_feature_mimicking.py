@@ -235,6 +235,20 @@ def test_tables_called_by_keyword():
     method.compress(rank=4)
 
 
+def test_a_compiled_model():
+    """Names are those of the model inside, as for the swap; a reader that is folded stays frozen."""
+    model, data = clicks(), ids(300)
+    model.first.requires_grad_(False)
+    wanted = model(data)
+    compiled = torch.compile(model, backend="eager")
+    method = collect(compiled, data, layers=["dnn.1"], fields={"embeddings": "first"})
+    method.compress(rank={"embeddings": 8, "dnn.1": 24}, keep_smaller=False)
+    torch.testing.assert_close(compiled(data), wanted, rtol=1e-9, atol=1e-9)
+    assert not any(p.requires_grad for p in model.first.parameters())
+    with pytest.raises(ValueError, match="were replaced since they were collected"):
+        method.compress(rank=2)
+
+
 def test_shared_or_computed_weights_are_refused():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[2].weight = model[0].weight
@@ -270,6 +284,10 @@ def test_bad_input_changes_nothing():
     ]:
         with pytest.raises(ValueError, match=message):
             method.compress(**options)
+    model.embeddings.tables[1].max_norm = 1.0
+    with pytest.raises(TypeError, match="without padding_idx and max_norm"):
+        FeatureMimicking(model, fields={"embeddings": "first"})
+    model.embeddings.tables[1].max_norm = None
     with pytest.raises(ValueError, match="nothing was collected for"):
         FeatureMimicking(model).compress(rank=2)
     with torch.no_grad():
@@ -282,6 +300,8 @@ def test_bad_input_changes_nothing():
     state = method.state_dict()
     with pytest.raises(ValueError, match="saved with another fields"):
         FeatureMimicking(model, ["dnn.1"]).load_state_dict(state)
+    with pytest.raises(ValueError, match="must be a mapping; got NoneType"):
+        method.load_state_dict({**state, "moments": dict.fromkeys(state["moments"])})
     state["counts"]["embeddings.0"] = state["counts"]["embeddings.0"][:-1]
     with pytest.raises(ValueError, match="checkpoint of another topology"):
         method.load_state_dict(state)

@@ -36,6 +36,11 @@ class Tower(nn.Module):
         return self.top(self.bottom(x)).squeeze(1)
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 def tower(dtype=torch.float32, seed=0, **options):
     torch.manual_seed(seed)
     return Tower(**options).to(dtype)
@@ -73,6 +78,16 @@ def test_find_hidden_units():
     assert find_hidden_units(nn.Sequential(layer, nn.ReLU(), tied, nn.ReLU(), last)) == []
     assert find_hidden_units(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.ReLU(), last)) == []
     assert find_hidden_units(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))) == []
+    positions = nn.BatchNorm1d(10)  # of [B, 10, 4]: not over the units
+    assert find_hidden_units(nn.Sequential(nn.Linear(4, 4), positions, nn.Linear(4, 4))) == []
+    norm = nn.BatchNorm1d(4, affine=False)
+    twice = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm, last)
+    assert find_hidden_units(twice) == []
+    inner = nn.Linear(4, 4)
+    inner.bias = layer.bias
+    assert find_hidden_units(nn.Sequential(layer, nn.ReLU(), inner, nn.ReLU(), last)) == []
+    residual = Residual(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert find_hidden_units(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), residual, last)) == []
 
 
 def test_shapes_and_work():
@@ -164,6 +179,25 @@ def test_trains_as_the_masked_dense_model(name):
                         value[~mask][:, columns],
                         masked_optimizer.state[like.weight][key][~mask][:, columns],
                     )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_still_in_scope(compiled):
+    """Autograd keeps the gradient accumulators of a graph that is alive, and what they know of shapes."""
+    model = tower()
+    net = torch.compile(model, backend="aot_eager") if compiled else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = AlternateGrowthPruning(net, [(1, 0.0), (2, 0.5), (4, 0.0)], optimizers=[optimizer])
+    seen = []
+    model.top[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.grad.shape)))
+    for x, y in batches(4):
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.step()
+    assert seen == [(16, 9), (8, 9), (16, 9), (16, 9)]
+    assert list(method.state_dict()["plan"]["widths"]) == ["bottom.0", "top.0", "top.3.0"]
 
 
 def test_zero_out_preserves_the_function():
@@ -264,6 +298,7 @@ def test_two_four_mode():
             held = optimizer.state[model.top[0].values]
             assert held["exp_avg"].shape == model.top[0].values.shape
             method_macs = method.macs()
+            assert method._macs_at(0.5) == method_macs  # 9 inputs are stored as 16
         if i == 5:
             assert type(model.top[0]) is nn.Linear
             assert torch.equal(model.top[0].weight[~mask], before.weight[~mask])  # came back
@@ -340,6 +375,38 @@ def test_nan_weights_stop_a_phase_change():
     assert method.steps == 0 and [p.shape for p in model.parameters()] == shapes
 
 
+class MeanUpTo:
+    """A score that gives up on wide layers: after growth, not before."""
+
+    width = 99
+
+    def __call__(self, producer, consumer):
+        if producer.out_features > self.width:
+            raise RuntimeError("too wide")
+        return producer.weight.detach().abs().mean(1)
+
+
+@pytest.mark.parametrize("grow", ["zero_out", "frozen"])
+def test_a_score_that_fails_after_growth_changes_nothing(grow):
+    model, score = tower(), MeanUpTo()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    method = AlternateGrowthPruning(
+        model, [(2, 0.5), (4, 0.25), (6, 0.0)], optimizers=[optimizer], score=score, grow=grow
+    )
+    train_step(model, optimizer, next(batches(1)))
+    method.step()
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"], method._state()))
+    score.width = 8
+    with pytest.raises(RuntimeError, match="too wide"):
+        method.step()
+    after = (model.state_dict(), optimizer.state_dict()["state"], method._state())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    score.width = 99
+    assert method.step().sparsity == 0.25
+    resumed = AlternateGrowthPruning(tower(), method.plan.pieces, score=MeanUpTo(), grow=grow)
+    resumed.load_state_dict(method.state_dict())  # the address of a score is not part of the plan
+
+
 def test_odd_optimizer_state_is_refused():
     model = tower()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -370,9 +437,19 @@ def test_checkpoints_that_do_not_fit():
         train_step(other[0], other[1], batch)
         other[2].step()
     cut = other[2].state_dict()
-    wrong = {**cut["kept"], "top.0": cut["kept"]["top.0"].flip(0)}
-    with pytest.raises(ValueError, match="8 ascending units below 16"):
-        method.load_state_dict({**cut, "kept": wrong})
+    kept, stash = cut["kept"], cut["stash"]
+    short = {**stash["bottom.0"], "bottom.3.weight": stash["bottom.0"]["bottom.3.weight"][:, 1:]}
+    for change, message in [
+        ({"kept": {**kept, "top.0": kept["top.0"].flip(0)}}, "8 ascending units below 16"),
+        ({"kept": {**kept, "top.0": [1]}}, "kept of 'top.0' must be a tensor"),
+        ({"kept": None}, "kept must be a mapping"),
+        ({"plan": 3}, "plan must be a mapping"),
+        ({"sparsity": 0.25}, "sparsity must be one of the plan"),
+        ({"stash": {**stash, "bottom.0": short}}, r"bottom.3.weight must be .* of shape \(9, 8\)"),
+        ({"stash": {**stash, "bottom.0": {}}}, "stash of 'bottom.0' must have"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            method.load_state_dict({**cut, **change})
     assert [p.shape for p in method.model.parameters()] == shapes and method.steps == 0
 
 
@@ -385,8 +462,7 @@ def _two_ranks(rank):
     ddp = nn.parallel.DistributedDataParallel(method.model)
     for batch in batches(6, seed=10 + rank):
         train_step(ddp, optimizer, batch)
-        if method.step():
-            del ddp
+        if method.step():  # the old wrapper lives on until the new one is there
             ddp = nn.parallel.DistributedDataParallel(method.model)
     return {name: tensor for name, tensor in model.state_dict().items() if "running" not in name}
 

@@ -105,5 +105,8 @@ def test_errors():
         select_largest(scores, -1)
     with pytest.raises(TypeError, match="floating"):
         select_largest(torch.arange(4), 1)
+    stream = ScoreStream(4, lambda begin, end: torch.ones(end - begin, dtype=torch.float64))
+    with pytest.raises(TypeError, match="said to be torch.float32; got torch.float64"):
+        select_largest(stream, 2)
     with pytest.raises(ValueError, match="only 3"):  # -inf is never selected
         select_largest(torch.tensor([1.0, -torch.inf, 2.0, 3.0]), 4)
