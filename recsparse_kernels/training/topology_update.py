@@ -36,7 +36,7 @@ from .topology_update_gradient import LossTap, check_pieces, rewire_by_gradient
 
 REGROWS = ("random", "gradient")
 SCOPES = ("layer", "row")
-BLOCK = 1 << 22  # weights looked at together
+BLOCK = 1 << 19  # weights looked at together: a few MiB of temporaries
 
 
 class TopologyUpdate(TrainingMethod):

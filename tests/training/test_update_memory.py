@@ -62,3 +62,10 @@ def test_rewiring_makes_no_dense_weight(regrow, monkeypatch):
         method.step()
     assert watch.largest <= 4000 * 16 * 8, watch.largest  # [O, F] int64 in the native op at most
     assert watch.largest < 4000 * 256 * 4 / 4
+
+
+def test_checks_before_rewiring_hold_little():
+    layer = FixedFanInLinear(64, 1 << 16, 64)  # 16 MiB of weights
+    with Watch() as watch:
+        TopologyUpdate(layer, update_every=1, end_step=1, drop_fraction=0.1).step()
+    assert watch.largest < 1 << 22, watch.largest
