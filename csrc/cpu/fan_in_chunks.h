@@ -25,6 +25,7 @@ constexpr int64_t kFanInChunkBytes = 128 * 1024;  // beside a panel in 1 MiB of 
 constexpr int64_t kFanInPanelBytes = 512 * 1024;  // above this a panel is one vector wide
 constexpr int64_t kFanInLogitLanes = 16;          // one cache line for each input
 constexpr int64_t kFanInSlabs = 32;
+constexpr int64_t kFanInFewSlabs = 8;
 constexpr int64_t kFanInSlabLabels =
     512;  // enough work to hide zeroing and adding a panel gradient
 
@@ -68,7 +69,11 @@ struct FanInPlan {
     while (2 * count <= most) count *= 2;
     return count;
   }
-  int64_t slabs(int64_t budget_bytes) const { return slabs(budget_bytes, 4 * input_elements()); }
+  // Panel gradients: an eighth of what the layer takes, or what a few threads need and it takes.
+  int64_t slabs(int64_t layer_bytes) const {
+    const int64_t each = 4 * input_elements();
+    return slabs(std::min(layer_bytes, std::max(layer_bytes / 8, kFanInFewSlabs * each)), each);
+  }
 
  private:
   explicit FanInPlan(const FanInSizes& sizes) : size(sizes) {}
