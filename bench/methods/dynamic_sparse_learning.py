@@ -28,7 +28,7 @@ HELP = "sparse embedding tables from scratch, on gowalla"
 SETTINGS = {
     "mf": (8192, 20, 1e-2, 1e-2),
     "lightgcn": (65536, 700, 3e-2, 1e-4),
-    "neumf": (8192, 20, 1e-3, 0.0),
+    "neumf": (8192, 20, 5e-3, 0.0),
     "multvae": (512, 40, 1e-3, 0.0),
 }
 LAST_RATE = 0.01  # of the first: the learning rate falls along a cosine
