@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(RS_LIBRARY, m) {
   m.def("sparse24_prune(Tensor weight, bool transposable) -> (Tensor, Tensor)");
   m.def("sparse24_compress_both(Tensor weight, Tensor mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("sparse24_prune_both(Tensor weight) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("sparse24_transpose(Tensor values, Tensor metadata, SymInt in_features) -> (Tensor, Tensor)");
+  m.def(
+      "sparse24_transpose(Tensor values, Tensor metadata, SymInt in_features) -> (Tensor, Tensor)");
   m.def("sparse24_gather(Tensor dense, Tensor metadata) -> Tensor");
   m.def("sparse24_decompress(Tensor values, Tensor metadata, SymInt in_features) -> Tensor");
   m.def(

@@ -33,7 +33,7 @@ struct PackedEight {
 template <class T>
 __device__ __forceinline__ PackedEight<T> load_packed(const SparseWeight<T>& weight, int64_t row,
                                                       int64_t byte) {
-  PackedEight<T> packed = {{}, 0x44};  // zeros at the places that every row's end has
+  PackedEight<T> packed = {{}, 0x44};  // zeros: which places they have does not matter
   if (row < weight.rows && byte < weight.row_bytes) {
     const int64_t at = row * weight.row_bytes + byte;
     packed.code = weight.metadata[at];
