@@ -371,6 +371,28 @@ def bench_sparse24_grad_input(report: Lines, B: int = 4096, I: int = 4096, O: in
     compare(report, "sparse24_grad_input", f"B={B} I={I} O={O} bf16", candidates, "matmul")
 
 
+@torch.no_grad()
+def bench_sparse24_tf32(report: Lines, B: int = 4096, I: int = 4096, O: int = 4096) -> None:
+    """float32 as tf32, which the dense op is allowed too."""
+    x, weight = (torch.randn(rows, I, device="cuda") for rows in (B, O))
+    values, metadata = rk.ops.sparse24_prune(weight)
+
+    def product(backend):
+        return rk.ops.sparse24_linear(x, values, metadata, backend=backend)
+
+    candidates = {"F.linear": lambda: nn.functional.linear(x, weight)} | ours(
+        "sparse24_linear", x.dtype, product
+    )
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    rk.set_tf32(True)
+    try:
+        compare(report, "sparse24_tf32", f"B={B} I={I} O={O} float32 as tf32", candidates, "F.linear")
+    finally:
+        matmul.allow_tf32 = before
+        rk.set_tf32(False)
+
+
 def without_warpgroups(call: Callable[[], object]) -> object:
     """The call on the 2:4 kernel of other GPUs (mma.sp), where Hopper would take its own (wgmma.sp)."""
     before = torch.ops.recsparse.sparse24_use_warpgroups(False)
@@ -481,6 +503,7 @@ BENCHES: dict[str, Callable[[Lines], None]] = {
     },
     "sparse24_prune": bench_sparse24_prune,
     "sparse24_grad_input": bench_sparse24_grad_input,
+    "sparse24_tf32": bench_sparse24_tf32,
     "masked_bag": bench_masked_bag,
     "low_rank_cross": bench_low_rank_cross,
     "fan_in_step": bench_fan_in_step,
