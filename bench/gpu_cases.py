@@ -90,9 +90,7 @@ class Recorder:
 
     def _keep(self, tensor: Tensor) -> Tensor:
         own = tensor.detach().clone()
-        dense = torch.empty(own.shape, dtype=own.dtype).copy_(
-            own
-        )  # one stride of 1, so that bytes can be viewed
+        dense = torch.empty(own.shape, dtype=own.dtype).copy_(own)  # contiguous: its bytes can be viewed
         content = hashlib.sha256(dense.view(-1).view(torch.uint8).numpy()).digest()
         return self._kept.setdefault((*_signature(own), content), own)
 

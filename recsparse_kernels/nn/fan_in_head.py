@@ -114,9 +114,8 @@ class FanInHead(nn.Module):
         total = self.sparse.loss(self._narrow(hidden), rest, kind, "sum")
         if self.dense is not None:
             count = input.shape[0] * self.dense_labels
-            targets = hidden.new_zeros(
-                count + 1, dtype=torch.float32
-            )  # and one for labels of the sparse part
+            # the last place is for labels of the sparse part
+            targets = hidden.new_zeros(count + 1, dtype=torch.float32)
             targets.index_fill_(0, torch.where(in_dense, row * self.dense_labels + place, count), 1.0)
             targets = targets[:count].view(-1, self.dense_labels)
             total = total + _dense_loss(self.dense(hidden).float(), targets, kind)

@@ -255,6 +255,17 @@ def checked_together(device: torch.device, group: "dist.ProcessGroup | None" = N
         raise error
 
 
+def unequal(totals: Mapping[str, int], device: torch.device, group: "dist.ProcessGroup | None") -> list[str]:
+    """Names whose totals, modulo 2^64, differ between the ranks; none without a process group."""
+    if not is_distributed(group):
+        return []
+    low = torch.tensor([(total + 2**63) % 2**64 - 2**63 for total in totals.values()], device=device)
+    high = low.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    return [name for name, same in zip(totals, (low == high).tolist(), strict=True) if not same]
+
+
 def agree(tensors: Iterable[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """All ranks take the decision of the first one, in place; nothing without a process group.
 

@@ -22,6 +22,7 @@ from ..ops.masked_embedding_table import MaskedTable, check_mask, pack_bits, row
 from ._method import (
     TrainingMethod,
     agree,
+    as_optimizers,
     check_count,
     check_fraction,
     check_own_weight,
@@ -117,7 +118,8 @@ class AdaptiveDenseToSparse(TrainingMethod):
         self._dense, self._group = unwrap(dense), process_group
         self.refresh_every, self.relearn, self.state, self.seed = refresh_every, relearn, state, seed
         self.score = score if score is not None else Magnitude()
-        self.dense_optimizers, self.sparse_optimizers = list(dense_optimizers), list(sparse_optimizers)
+        self.dense_optimizers = as_optimizers(dense_optimizers)
+        self.sparse_optimizers = as_optimizers(sparse_optimizers)
         self._layers = _chosen(self._dense, layers)
         sizes = {name: layer.weight.numel() for name, layer in self._layers.items()}
         self.budget = _budget(budget, sizes)

@@ -30,6 +30,7 @@ from ._method import (
     check_trained,
     generator,
     is_distributed,
+    unequal,
     unwrap,
 )
 from .dynamic_sparse_learning_scores import CandidateRows, Gradients, GradientTap
@@ -281,7 +282,7 @@ class DynamicSparseLearning(TrainingMethod):
         """Equal weights and scores give equal decisions; weights that differ are found here."""
         if not is_distributed(self.group):
             return
-        sums = []
+        totals = {}
         for name, decision in decisions.items():
             packed = PackedRows(self.layers[name])
             total = 0
@@ -289,13 +290,8 @@ class DynamicSparseLearning(TrainingMethod):
                 left, grown = decision.block(packed, begin, end)
                 at = (left | grown).flatten().nonzero().squeeze(1) + begin * packed.dim
                 total += int((at * -7046029254386353131 ^ (at >> 7)).sum())  # wraps
-            sums.append((total + 2**63) % 2**64 - 2**63)
-        low = torch.tensor(sums, device=next(iter(self.layers.values())).values.device)
-        high = low.clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
-        if not torch.equal(low, high):
-            names = [name for name, same in zip(decisions, (low == high).tolist(), strict=True) if not same]
+            totals[name] = total
+        if names := unequal(totals, next(iter(self.layers.values())).values.device, self.group):
             raise RuntimeError(
                 f"ranks would give {names} different masks: their weights or masks are no longer equal (a fused "
                 "optimizer steps on its own rank's gradients); nothing was changed"

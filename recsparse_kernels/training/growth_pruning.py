@@ -19,6 +19,7 @@ from . import schedules
 from ._method import (
     TrainingMethod,
     agree,
+    as_optimizers,
     check_fraction,
     check_tensor_state,
     checked_together,
@@ -139,7 +140,7 @@ class AlternateGrowthPruning(TrainingMethod):
             raise ValueError(f"mode must be one of {MODES}; got {mode!r}")
         if isinstance(score, str) and score not in hidden.SCORES:
             raise ValueError(f"score must be one of {tuple(hidden.SCORES)} or callable; got {score!r}")
-        self._model, self._optimizers, self._group = unwrap(model), list(optimizers), process_group
+        self._model, self._optimizers, self._group = unwrap(model), as_optimizers(optimizers), process_group
         self.grow, self.mode, self.seed = grow, mode, seed
         self.score = hidden.SCORES[score] if isinstance(score, str) else score
         self._score_name = score if isinstance(score, str) else described(score)

@@ -28,8 +28,10 @@ from ._method import (
     check_fraction,
     check_tensor_state,
     check_trained,
+    checked_together,
     generator,
     is_distributed,
+    unequal,
     unwrap,
 )
 from .topology_update_gradient import LossTap, check_pieces, rewire_by_gradient
@@ -205,12 +207,13 @@ class TopologyUpdate(TrainingMethod):
 
     def _check(self, step: int) -> None:
         """All that can go wrong, on any rank, before anything is changed."""
-        try:
+        with checked_together(self._device, self.group):
             self._check_own(step)
-        except (RuntimeError, ValueError):
-            self._check_ranks(failed=True)
-            raise
-        self._check_ranks(failed=False)
+        self._check_ranks()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.layers.values())).indices.device
 
     def _check_own(self, step: int) -> None:
         gradient = self.regrow == "gradient"
@@ -233,29 +236,19 @@ class TopologyUpdate(TrainingMethod):
             if gradient:
                 check_pieces(name, layer.tap.pieces)
 
-    def _check_ranks(self, failed: bool) -> None:
+    def _check_ranks(self) -> None:
         if not is_distributed(self.group):
             return
-        sums = [int(failed)]
-        for layer in self.layers.values():
+        totals = {}
+        for name, layer in self.layers.items():
             total = 0
             for tensor in (layer.packed_weight.detach(), layer.indices):
                 integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
                 for begin, part in enumerate(tensor.view(-1).view(integer).split(BLOCK)):
                     place = torch.arange(len(part), device=part.device) + begin * BLOCK
                     total += int(((part.long() ^ (place << 20)) * -7046029254386353131).sum())  # wraps
-            sums.append((total + 2**63) % 2**64 - 2**63)
-        low = torch.tensor(sums, device=next(iter(self.layers.values())).indices.device)
-        high = low.clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=self.group)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=self.group)
-        if failed:
-            return
-        if int(high[0]):
-            raise ValueError("another rank cannot update, as its own error says; nothing was changed")
-        if not torch.equal(low, high):
-            same = (low == high).tolist()[1:]
-            wrong = [name for name, equal in zip(self.layers, same, strict=True) if not equal]
+            totals[name] = total
+        if wrong := unequal(totals, self._device, self.group):
             raise RuntimeError(
                 f"ranks no longer hold equal weights and inputs in {wrong} (a fused optimizer steps on its own "
                 "rank's gradients); nothing was changed"
